@@ -1,0 +1,51 @@
+// Python's view of the C interface: pointers travel as integers, a status other than LT_OK becomes RuntimeError.
+// One line per function; shapes and strides are checked by the Python side, which knows the tensors' names.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "leantune_kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A pointer parameter is taken as an integer address (0: null); everything else as it is.
+template <class P> struct argument {
+    typedef P type;
+    static P give(P value) { return value; }
+};
+template <class P> struct argument<P *> {
+    typedef uintptr_t type;
+    static P *give(uintptr_t value) { return reinterpret_cast<P *>(value); }
+};
+
+template <class... P> auto checked(int (*function)(P...)) {
+    return [function](typename argument<P>::type... values) {
+        int status;
+        {
+            py::gil_scoped_release unlocked;
+            status = function(argument<P>::give(values)...);
+        }
+        if (status != LT_OK)
+            throw std::runtime_error(lt_last_error());
+    };
+}
+
+} // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "leantune's C++ kernels; see csrc/include/leantune_kernels.h";
+    m.def("isa", [] { return std::string(lt_isa()); });
+    m.def("set_isa", [](const std::string &name) {
+        if (lt_set_isa(name.c_str()) != LT_OK)
+            throw std::invalid_argument(lt_last_error());
+    });
+    m.def("adopt_openmp", [] { return std::string(lt_adopt_openmp()); });
+    m.def("set_num_threads", checked(lt_set_num_threads));
+    m.def("num_threads", lt_num_threads);
+
+    m.def("rms_norm_forward", checked(lt_rms_norm_forward));
+    m.def("rms_norm_backward", checked(lt_rms_norm_backward));
+}
