@@ -1,0 +1,103 @@
+"""Which implementation serves a call: the first that can, or the one that LEANTUNE_IMPL forces.
+
+`LEANTUNE_IMPL=reference` forces every op, `LEANTUNE_IMPL=rms_norm:cpu,attention:reference` names ops one by one. A
+forced implementation that cannot serve fails with its reason; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+log = logging.getLogger("leantune_kernels")
+
+# In order of preference. A file that is absent means the op has no such implementation (yet).
+IMPLEMENTATIONS = {"cuda": "cuda_impl", "triton": "triton_impl", "cpu": "native_impl", "reference": "reference"}
+
+
+class CannotServe(RuntimeError):
+    """No implementation, or not the forced one, can take the call; the message lists the reasons."""
+
+
+@dataclass
+class Op:
+    """One op and its implementations, found as files in the op's package.
+
+    Each implementation module defines `refuses(x) -> str | None`, the reason why it cannot take a call whose main
+    tensor is `x`, and the op's raw functions under the same names.
+    """
+
+    package: str  # such as "leantune_kernels.rms_norm"
+    _picked: dict[tuple[str | None, str, torch.dtype], ModuleType] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.package.rpartition(".")[2]
+
+    def implementation(self, name: str) -> ModuleType | None:
+        """The module behind `name` ("reference", "cpu", "triton", "cuda"), None where the op has none."""
+        if name not in IMPLEMENTATIONS:
+            raise CannotServe(f"{name!r} is no implementation; known are {', '.join(IMPLEMENTATIONS)}")
+        module = f"{self.package}.{IMPLEMENTATIONS[name]}"
+        if importlib.util.find_spec(module) is None:
+            return None
+        return importlib.import_module(module)
+
+    def refusal(self, name: str, x: torch.Tensor) -> str | None:
+        """Why implementation `name` cannot take a call on `x`; None if it can."""
+        module = self.implementation(name)
+        return "not written for this op" if module is None else module.refuses(x)
+
+    def pick(self, x: torch.Tensor) -> ModuleType:
+        """The implementation for a call whose main tensor is `x`. Raises CannotServe."""
+        key = (os.environ.get("LEANTUNE_IMPL"), x.device.type, x.dtype)
+        module = self._picked.get(key)
+        if module is None:
+            module = self._picked[key] = self._choose(key[0], x)
+        return module
+
+    def _choose(self, setting: str | None, x: torch.Tensor) -> ModuleType:
+        wanted = forced(setting, self.name)
+        reasons = []
+        for name in [wanted] if wanted else IMPLEMENTATIONS:
+            reason = self.refusal(name, x)
+            if reason is None:
+                log.info("%s on %s %s: %s", self.name, x.device.type, x.dtype, name)
+                module = self.implementation(name)
+                assert module is not None
+                return module
+            reasons.append(f"{name}: {reason}")
+        how = f" (LEANTUNE_IMPL={setting})" if wanted else ""
+        raise CannotServe(f"{self.name}{how} cannot run on {x.device.type} {x.dtype}: " + "; ".join(reasons))
+
+
+def forced(setting: str | None, op: str) -> str | None:
+    """The implementation that the LEANTUNE_IMPL value `setting` names for `op`; None if it leaves the choice open."""
+    chosen = None
+    for entry in filter(None, (setting or "").split(",")):
+        target, colon, name = entry.strip().rpartition(":")
+        if name not in IMPLEMENTATIONS:
+            raise CannotServe(
+                f"LEANTUNE_IMPL={setting}: {name!r} is no implementation; use {', '.join(IMPLEMENTATIONS)}"
+            )
+        if not colon or target == op:
+            chosen = name
+    return chosen
+
+
+def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str | None]]:
+    """{op: {implementation: None if it can serve such a tensor, else the reason why not}}, all ops."""
+    import leantune_kernels
+
+    x = torch.empty(0, device=device, dtype=dtype)
+    result = {}
+    for name in leantune_kernels.ops():
+        op = Op(f"leantune_kernels.{name}")
+        result[name] = {impl: op.refusal(impl, x) for impl in IMPLEMENTATIONS}
+    return result

@@ -1,0 +1,47 @@
+"""The C++ library as PyTorch's client sees it: the loaded module, and how tensors become pointers.
+
+PyTorch is imported first, so that the kernels borrow its OpenMP runtime and its number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from leantune_kernels import _native as lib
+
+OPENMP_RUNTIME = lib.adopt_openmp()
+if "LEANTUNE_ISA" in os.environ:  # refuse a level that does not exist, rather than run another in silence
+    lib.set_isa(os.environ["LEANTUNE_ISA"])
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def refuses(x: torch.Tensor) -> str | None:
+    """The reason why the C++ kernels cannot take `x`, None if they can."""
+    if x.device.type != "cpu":
+        return f"device is {x.device.type}, the C++ kernels run on cpu"
+    if x.dtype not in DTYPE_CODES:
+        return f"dtype is {x.dtype}, supported are float32, bfloat16, float16"
+    return None
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` [T, H] as the kernels take it: last dimension contiguous, rows any distance apart. Copies only if it must."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Address of the first element, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def check_out(out: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
+    """`out` if it can take a result shaped like `like`; ValueError that names it otherwise."""
+    if out.shape != like.shape or (out.shape[-1] > 1 and out.stride(-1) != 1):
+        raise ValueError(
+            f"{name} has shape {tuple(out.shape)} and strides {out.stride()}; it must have shape "
+            f"{tuple(like.shape)} with its last dimension contiguous"
+        )
+    return out

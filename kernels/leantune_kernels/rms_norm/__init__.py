@@ -1,0 +1,58 @@
+"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+Shapes: T rows (tokens), H columns (hidden size). x [T, H]; weight [H]; rstd [T] fp32, kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from leantune_kernels.dispatch import Op
+
+OP = Op(__name__)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """RMSNorm of `x` [..., H] by `weight` [H], differentiable in both.
+
+    x: float32, bfloat16 or float16, any strides; the result has its dtype and shape. weight: x's dtype or float32.
+    Statistics and sums are fp32. Raises ValueError for a weight that does not fit.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; x with shape {tuple(x.shape)} needs [{x.shape[-1]}]")
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, rstd) for x [T, H]; y goes to `out` where given."""
+    return OP.pick(x).forward(x, weight, eps, out)
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    need_dweight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(dx [T, H], dweight [H] fp32 or None). `residual` [T, H] is added to dx; `out` takes dx and may be dy."""
+    return OP.pick(x).backward(dy, x, weight, rstd, residual, out, need_dweight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
+        flat = x.reshape(-1, x.shape[-1])
+        y, rstd = forward(flat, weight, eps)
+        ctx.save_for_backward(flat, weight, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = backward(dy.reshape(x.shape), x, weight, rstd, need_dweight=ctx.needs_input_grad[1])
+        return dx.view(dy.shape), None if dweight is None else dweight.to(weight.dtype), None

@@ -1,0 +1,24 @@
+"""Inputs of rms_norm for tests and benchmarks: one row, odd sizes, no multiple of a vector, the model's own shape."""
+
+from __future__ import annotations
+
+from leantune_kernels.testing import Case, normal
+from leantune_kernels.rms_norm import rms_norm as function
+from leantune_kernels.rms_norm.reference import plain
+
+__all__ = ["CASES", "function", "plain"]
+
+
+def _case(rows: int, cols: int, scale: float = 1.0) -> Case:
+    return Case(
+        f"{rows}x{cols}" + (f" scale {scale}" if scale != 1.0 else ""),
+        lambda g, dtype: {
+            "x": normal(g, rows, cols, dtype=dtype, scale=scale),
+            "weight": normal(g, cols, dtype=dtype) + 1,
+            "eps": 1e-5,
+        },
+        ("x", "weight"),
+    )
+
+
+CASES = [_case(1, 5), _case(0, 8), _case(3, 17), _case(70, 576), _case(513, 33), _case(5, 64, scale=1e-3)]

@@ -1,0 +1,91 @@
+"""Every op, every implementation that runs here, every case: the acceptance rule of leantune_kernels.testing.
+
+Ops are found, not listed: a new folder with a cases.py is tested without touching this file. Each instruction level
+that the processor has is tried, in fp32, bf16 and fp16.
+"""
+
+import importlib
+
+import leantune_kernels
+import pytest
+import torch
+from leantune_kernels import testing
+from leantune_kernels.dispatch import Op
+
+LEVELS = ["base", "avx2", "avx512"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def all_cases():
+    for op in leantune_kernels.ops():
+        module = importlib.import_module(f"leantune_kernels.{op}.cases")
+        for case in module.CASES:
+            yield pytest.param(module, op, case, id=f"{op}-{case.name}")
+
+
+@pytest.fixture(params=["reference", *(f"cpu:{level}" for level in LEVELS)])
+def implementation(request, monkeypatch):
+    """Forces one implementation, and for the C++ one an instruction level, through the user's own switch."""
+    from leantune_kernels.native import lib
+
+    name, _, level = request.param.partition(":")
+    monkeypatch.setenv("LEANTUNE_IMPL", name)
+    before = lib.isa()
+    if level:
+        if LEVELS.index(level) > LEVELS.index(before):
+            pytest.skip(f"this processor has no {level}")
+        lib.set_isa(level)
+    yield name
+    lib.set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("module", "op", "case"), all_cases())
+def test_error_is_within_plain_pytorchs_own(module, op, case, dtype, implementation):
+    if dtype not in getattr(module, "DTYPES", DTYPES):
+        return  # the op's storage type is fixed: cases.py says so
+    testing.accept(case, dtype, module.function, module.plain, getattr(module, "FACTOR", 1.5))
+
+
+@pytest.mark.parametrize(("module", "op", "case"), all_cases())
+def test_same_bits_on_every_run_and_for_any_number_of_threads(module, op, case, monkeypatch):
+    monkeypatch.setenv("LEANTUNE_IMPL", "cpu")
+    inputs = case.make(torch.Generator().manual_seed(0), torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (before, before, 1, 3):
+            torch.set_num_threads(threads)
+            results.append(testing.run(module.function, inputs, case))
+    finally:
+        torch.set_num_threads(before)
+    for again in results[1:]:
+        for first, second in zip(results[0], again, strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("module", "op", "case"), all_cases())
+def test_upstream_gradient_of_any_strides(module, op, case, monkeypatch):
+    """Zero-stride (expanded) and non-contiguous upstream gradients give what contiguous ones give."""
+    monkeypatch.setenv("LEANTUNE_IMPL", "cpu")
+    inputs = case.make(torch.Generator().manual_seed(0), torch.float32)
+    if not case.differentiable:
+        pytest.skip("no gradients in this case")
+    given = {k: testing._prepare(v, k in case.differentiable, None) for k, v in inputs.items()}
+    output = module.function(**given)
+    output = output[0] if isinstance(output, tuple) else output
+    wanted = [given[k] for k in case.differentiable]
+    for dy in (torch.ones(()).expand(output.shape), torch.randn((*output.shape[::-1],)).permute(*range(output.dim())[::-1])):
+        strided = torch.autograd.grad(output, wanted, dy, retain_graph=True)
+        dense = torch.autograd.grad(output, wanted, dy.contiguous().clone(), retain_graph=True)
+        for a, b in zip(strided, dense, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", leantune_kernels.ops())
+def test_reference_exists_and_forcing_an_absent_implementation_fails(op, monkeypatch):
+    x = torch.empty(0)
+    assert Op(f"leantune_kernels.{op}").refusal("reference", x) is None
+    monkeypatch.setenv("LEANTUNE_IMPL", "cpu")
+    with pytest.raises(RuntimeError, match="float64"):
+        Op(f"leantune_kernels.{op}").pick(torch.empty(0, dtype=torch.float64))
