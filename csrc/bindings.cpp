@@ -48,4 +48,8 @@ PYBIND11_MODULE(_native, m) {
 
     m.def("rms_norm_forward", checked(lt_rms_norm_forward));
     m.def("rms_norm_backward", checked(lt_rms_norm_backward));
+
+    m.def("rope", checked(lt_rope));
+    m.def("swiglu_forward", checked(lt_swiglu_forward));
+    m.def("swiglu_backward", checked(lt_swiglu_backward));
 }

@@ -49,6 +49,22 @@ LT_API int lt_rms_norm_backward(int dtype, const void *dy, int64_t dy_stride, co
                                 int64_t residual_stride, void *dx, int64_t dx_stride, float *dweight, int64_t rows,
                                 int64_t cols);
 
+/* ---- Rotary embedding ---------------------------------------------------------------------------------------------
+ * In place, for every token and head: (x[i], x[i + half]) becomes (x[i] c - x[i + half] s, x[i + half] c + x[i] s) with
+ * c, s = cos, sin[positions[token], i]; cos and sin are dense [.., half]. Columns from 2 * half on stay as they are.
+ * `inverse` turns the other way (the backward pass). positions are not checked here.
+ */
+LT_API int lt_rope(int dtype, void *x, int64_t token_stride, int64_t head_stride, const float *cos, const float *sin,
+                   const int64_t *positions, int64_t tokens, int64_t heads, int64_t half, int inverse);
+
+/* ---- SwiGLU -------------------------------------------------------------------------------------------------------
+ * h = silu(gate) * up. Backward is in place: dh becomes h, gate becomes d_gate, up becomes d_up.
+ */
+LT_API int lt_swiglu_forward(int dtype, const void *gate, int64_t gate_stride, const void *up, int64_t up_stride,
+                             void *h, int64_t h_stride, int64_t rows, int64_t cols);
+LT_API int lt_swiglu_backward(int dtype, void *dh, int64_t dh_stride, void *gate, int64_t gate_stride, void *up,
+                              int64_t up_stride, int64_t rows, int64_t cols);
+
 /* ---- CUDA --------------------------------------------------------------------------------------------------------
  * The same operations on device pointers, in the library built from csrc/<op>/cuda.cu (leantune_kernels/_cuda*.so).
  * `stream` is a cudaStream_t; the result is 0 or the cudaError_t of the launch. `partials` is device scratch of ceil(rows / 256) * cols floats, needed with dweight.

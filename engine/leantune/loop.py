@@ -1,0 +1,360 @@
+"""The training loop: epochs of steps, each one update from the mean loss over all of the step's label tokens."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leantune import display, metrics
+from leantune.checkpoint.atomic import sweep
+from leantune.checkpoint.state import latest_state, load_state, prune, save_state
+from leantune.config import TrainConfig
+from leantune.data.batch import PackedBatch, Step, collate, plan_epoch
+from leantune.data.dataset import Dataset
+from leantune.errors import CheckpointError, ConfigError, DataError, TrainingError
+from leantune.evaluate import check_fits, evaluate
+from leantune.nn import Decoder
+from leantune.optim import AdamW, Schedule
+
+# Settings that may differ between a run and its resumption: they do not change what a step computes.
+_FREE = ("eval_every", "save_every", "keep", "out", "policy")
+
+
+class TrainingInterrupted(TrainingError):
+    """Ctrl-C: the run stopped after a whole step; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """One optimizer step. loss: nats per label token. grad_norm: before clipping. memory_bytes: resident."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    label_tokens: int
+    tokens_per_second: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch. loss: mean over the label tokens it trained on. eval_loss: the last evaluation's, if there was one."""
+
+    epoch: int
+    loss: float
+    steps: int
+    tokens: int
+    seconds: float
+    eval_loss: float | None
+
+
+class Trainer:
+    """Trains what a method left trainable.
+
+    model: from leantune.load, with a method applied. data: from leantune.data. eval_data: measured every `eval_every`
+    steps and at the end. progress: a bar (terminal) or lines. resume: go on from the newest checkpoint in `out`.
+    overwrite: start anew in an `out` that holds a run. Further settings: see TrainConfig.
+
+    The loss of a step is the sum over its label tokens divided by their number, whatever the micro-batches. Raises
+    ConfigError or DataError for settings and data that cannot work, before any step.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        data: Dataset,
+        *,
+        eval_data: Dataset | None = None,
+        progress: bool = True,
+        resume: bool = False,
+        overwrite: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.model, self.data, self.eval_data = model, data, eval_data
+        self.config = TrainConfig.of(settings)
+        check_fits(model, data)
+        if eval_data is not None:
+            check_fits(model, eval_data)
+        elif self.config.eval_every is not None:
+            raise ConfigError(f"eval_every={self.config.eval_every} needs eval_data")
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ConfigError("no parameter is trainable; apply a method first, such as leantune.LoRA().apply(model)")
+        half = [name for name, p in trainable.items() if p.dtype != torch.float32]
+        if half:
+            raise ConfigError(f"{half[0]} is trainable in {trainable[half[0]].dtype}; convert it to float32 first")
+        c = self.config
+        self.optimizer = AdamW(trainable, c.betas, c.eps, c.weight_decay)
+        self.step = 0  # optimizer steps done
+        self.history: list[StepLog] = []
+        self.out = None if c.out is None else Path(c.out)
+        self._display = display.choose(progress)
+        self._last_eval: float | None = None
+        self._stop_asked = False
+        self._steps_per_epoch: dict[int, list[Step]] = {}
+        if self.out is None and resume:
+            raise ConfigError("resume=True needs out=, the directory of the run to go on with")
+        if self.out is not None:
+            self._open(self.out, resume, overwrite)
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def fit(self, epochs: int | None = None, max_steps: int | None = None) -> list[EpochResult]:
+        """Trains for `epochs`, or until `max_steps` optimizer steps, whichever comes first (default: one epoch).
+
+        Counts are of the whole run: a resumed trainer does what is left of them. Raises TrainingError where a loss or
+        gradient is not finite, TrainingInterrupted on Ctrl-C.
+        """
+        for name, value in (("epochs", epochs), ("max_steps", max_steps)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if epochs is None:
+            epochs = 1 if max_steps is None else None
+        total = self._total_steps(epochs, max_steps)
+        return list(self._run(total))
+
+    def epochs(self, n: int) -> Iterator[EpochResult]:
+        """Trains `n` epochs and yields after each: `for epoch in trainer.epochs(3): print(epoch.loss)`."""
+        if n < 1:
+            raise ConfigError(f"n={n} must be at least 1")
+        yield from self._run(self._total_steps(n, None))
+
+    def _run(self, total: int) -> Iterator[EpochResult]:
+        schedule = Schedule(self.config.schedule, self.config.lr, total, self.config.warmup)
+        self._display.start(total, self.step)
+        try:
+            while self.step < total:
+                yield self._epoch(schedule)
+            if self._last_eval is None and self.eval_data is not None:
+                self._evaluate()
+            if self.out is not None:
+                self._save()
+                metrics.draw_curve(self.out)
+        finally:
+            self._display.stop()
+
+    def _epoch(self, schedule: Schedule) -> EpochResult:
+        number, position = self._locate(self.step)
+        plan = self._plan(number)
+        loss, labels, tokens, begin = 0.0, 0, 0, time.perf_counter()
+        self.model.train()
+        with self._interrupts():
+            for i in range(position, len(plan)):
+                if self.step >= schedule.total:
+                    break
+                log = self._train_step(plan[i], schedule.rate(self.step), number + (i + 1) / len(plan))
+                loss, labels = loss + log.loss * log.label_tokens, labels + log.label_tokens
+                tokens += log.tokens
+                self._after_step(log, last=self.step == schedule.total)
+        self.model.eval()
+        seconds = time.perf_counter() - begin
+        return EpochResult(number + 1, loss / labels, len(plan) - position, tokens, seconds, self._last_eval)
+
+    def _train_step(self, step: Step, lr: float, epoch: float) -> StepLog:
+        begin = time.perf_counter()
+        batches = [collate(self.data, indices).to(self.model.device) for indices in step]
+        labels = sum(b.label_tokens for b in batches)
+        if labels == 0:
+            sources = ", ".join(self.data[i].source for b in batches for i in b.indices[:3])
+            raise DataError(f"step {self.step + 1} has no label token; its samples are {sources}")
+        loss = self._accumulate(batches, labels)
+        norm = self.optimizer.gradient_norm()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._not_finite(loss, norm, batches)
+        self.optimizer.step(lr, norm, self.config.max_grad_norm or None)
+        self.step += 1
+        tokens = sum(b.tokens for b in batches)
+        seconds = time.perf_counter() - begin
+        return StepLog(
+            self.step, round(epoch, 6), loss, lr, norm, tokens, labels, tokens / seconds, metrics.memory_bytes()
+        )
+
+    def _accumulate(self, batches: list[PackedBatch], labels: int) -> float:
+        """Adds the gradients of the step's mean loss and returns that loss."""
+        total, first_token = 0.0, 0
+        for batch in batches:
+            key = (self.config.seed, self.step, first_token)
+            first_token += batch.tokens
+            if batch.label_tokens == 0:
+                continue
+            self.model.policy = self.config.policy
+            packed = self.model.packed(batch.cu_seqlens, batch.position_ids, dropout_key=key)
+            loss = self.model.loss_sum(batch.input_ids, batch.targets, packed)
+            (loss / labels).backward()
+            total += float(loss)
+        return total / labels
+
+    def _after_step(self, log: StepLog, last: bool) -> None:
+        self.history.append(log)
+        if self.out is not None:
+            self._metrics.write(asdict(log))
+        self._display.step(asdict(log))
+        c = self.config
+        if c.eval_every and self.step % c.eval_every == 0 or (last and self.eval_data is not None):
+            self._evaluate()
+        if c.save_every and self.step % c.save_every == 0 and not last:
+            self._save()
+        if self._stop_asked and not last:
+            self._stop()
+
+    def _evaluate(self) -> None:
+        assert self.eval_data is not None
+        result = evaluate(self.model, self.eval_data, self.config.batch_tokens or 2048)
+        self._last_eval = result.loss
+        if self.out is not None:
+            row = {"step": self.step, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
+            self._metrics.write({**row, "eval_tokens": result.tokens})
+        self._display.note(f"step {self.step}: evaluation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+
+    # ---- the order of steps ------------------------------------------------------------------------------------------
+
+    def _plan(self, epoch: int) -> list[Step]:
+        if epoch not in self._steps_per_epoch:
+            c = self.config
+            self._steps_per_epoch[epoch] = plan_epoch(
+                self.data.lengths, batch_size=c.batch_size, batch_tokens=c.batch_tokens, accumulation=c.accumulation,
+                shuffle=c.shuffle, seed=c.seed, epoch=epoch,
+            )  # fmt: skip
+        return self._steps_per_epoch[epoch]
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """(epoch, position within it) of the step after `step` steps."""
+        epoch = 0
+        while step >= len(self._plan(epoch)):
+            step -= len(self._plan(epoch))
+            epoch += 1
+        return epoch, step
+
+    def _total_steps(self, epochs: int | None, max_steps: int | None) -> int:
+        in_epochs = None if epochs is None else sum(len(self._plan(e)) for e in range(epochs))
+        counts = [n for n in (in_epochs, max_steps) if n is not None]
+        longest = max(sum(int(self.data.lengths[i]) for i in m) for step in self._plan(0) for m in step)
+        self.model.arena.capacity = max(self.model.arena.capacity, self.config.batch_tokens or longest)
+        return min(counts)
+
+    # ---- stopping and going on ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """Ctrl-C asks the run to stop after the step under way; a second one stops it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(signum: int, frame: Any) -> None:
+            if self._stop_asked:
+                raise KeyboardInterrupt
+            self._stop_asked = True
+            self._display.note("stopping after this step (Ctrl-C again: at once)")
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _stop(self) -> None:
+        self._stop_asked = False
+        if self.out is None:
+            raise TrainingInterrupted(
+                f"interrupted after step {self.step}; nothing was saved, as no out= directory was given "
+                "(the model in memory holds that step's weights)"
+            )
+        path = self._save()
+        metrics.draw_curve(self.out)
+        raise TrainingInterrupted(
+            f"interrupted after step {self.step}, saved in {path}; go on with the same command and --resume, "
+            "or Trainer(..., resume=True)"
+        )
+
+    def _not_finite(self, loss: float, norm: float, batches: list[PackedBatch]) -> None:
+        for p in self.optimizer.parameters.values():
+            p.grad = None
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        sources = ", ".join(self.data[i].source for b in batches for i in b.indices[:3])
+        kept = "the model in memory holds the last good weights"
+        if self.out is not None:
+            kept = f"the state after step {self.step} is in {self._save()}"
+        raise TrainingError(
+            f"step {self.step + 1}: the {what} (samples {sources}, ...); no update was made, {kept}. Lower lr "
+            f"(now {self.config.lr}), add warmup, or look at these samples"
+        )
+
+    def _open(self, out: Path, resume: bool, overwrite: bool) -> None:
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"out={str(out)!r} is a file; give a directory")
+        state = latest_state(out) if resume else None
+        if resume and state is None:
+            raise CheckpointError(f"resume: {out} holds no complete checkpoint; start without resume")
+        holds_run = out.is_dir() and (any(out.glob("checkpoint-*")) or (out / metrics.FILE_NAME).exists())
+        if holds_run and not resume:
+            if not overwrite:
+                raise CheckpointError(
+                    f"out={str(out)!r} holds a run already; choose another directory, go on with resume "
+                    "(--resume), or replace it with overwrite (--overwrite)"
+                )
+            self._clear(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot create out={str(out)!r}: {error.strerror}") from error
+        sweep(out)
+        if state is not None:
+            self._restore(state)
+        self._metrics = metrics.MetricsFile(out, self.step)
+
+    def _clear(self, out: Path) -> None:
+        from leantune.checkpoint.atomic import remove_directory
+
+        for path in out.glob("checkpoint-*"):
+            remove_directory(path)
+        (out / metrics.FILE_NAME).unlink(missing_ok=True)
+
+    def _meta(self) -> dict[str, Any]:
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()}
+        return {
+            "step": self.step,
+            "optimizer_steps": self.optimizer.steps,
+            "settings": {k: v for k, v in settings.items() if k not in _FREE},
+            "data": self.data.fingerprint,
+            "trainable": sorted(self.optimizer.parameters),
+        }
+
+    def _save(self) -> Path:
+        assert self.out is not None
+        path = self.out / f"checkpoint-{self.step}"
+        parameters = {f"parameter.{name}": p.detach() for name, p in self.optimizer.parameters.items()}
+        save_state(path, parameters | self.optimizer.state(), self._meta())
+        prune(self.out, self.config.keep)
+        return path
+
+    def _restore(self, path: Path) -> None:
+        tensors, meta = load_state(path)
+        mine = self._meta()
+        if meta["trainable"] != mine["trainable"]:
+            raise CheckpointError(f"{path}: it trains other parameters than this run; apply the method it was made with")
+        if meta["data"] != mine["data"]:
+            raise CheckpointError(f"{path}: its training data or tokenizer differ from those given now")
+        for name, value in meta["settings"].items():
+            if mine["settings"].get(name) != value:
+                raise CheckpointError(
+                    f"{path}: it was made with {name}={value!r}, this run has {mine['settings'].get(name)!r}; "
+                    f"resume with the same {name}"
+                )
+        with torch.no_grad():
+            for name, p in self.optimizer.parameters.items():
+                p.copy_(tensors[f"parameter.{name}"])
+        self.optimizer.load_state(tensors, meta["optimizer_steps"])
+        self.step = meta["step"]

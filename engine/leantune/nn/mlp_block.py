@@ -1,0 +1,143 @@
+"""The MLP half of a layer: x + down(act(gate(norm(x))) * up(norm(x))), forward and backward by hand.
+
+Shapes: T tokens, H hidden size, I intermediate size. x [T, H]; gate_up [T, 2I] holds gate and up side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from leantune_kernels import rms_norm, swiglu
+from leantune.nn.arena import Buffer
+from leantune.nn.attention_block import RMSNorm
+from leantune.nn.batch import Packed
+from leantune.nn.config import DecoderConfig
+from leantune.nn.linear import Linear, LinearGroup
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# Hugging Face's names. silu has a kernel of its own (swiglu); the rest run as plain PyTorch.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": F.relu,
+}
+
+
+class MLP(nn.Module):
+    """The three projections, named as in Hugging Face's modules."""
+
+    def __init__(self, config: DecoderConfig, path: str) -> None:
+        super().__init__()
+        H, I, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(f"{path}.gate_proj", H, I, bias)
+        self.up_proj = Linear(f"{path}.up_proj", H, I, bias)
+        self.down_proj = Linear(f"{path}.down_proj", I, H, bias)
+
+
+class MLPBlock:
+    """Computes with the modules of one layer; owns no parameter itself."""
+
+    def __init__(self, config: DecoderConfig, norm: RMSNorm, mlp: MLP) -> None:
+        self.norm = norm
+        self.gate_up = LinearGroup(mlp.gate_proj, mlp.up_proj)
+        self.down = LinearGroup(mlp.down_proj)
+        self.width = config.intermediate_size
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: torch.Tensor, batch: Packed) -> torch.Tensor:
+        """x [T, H] -> [T, H], differentiable in x and in every parameter of the block that requires it."""
+        return _MLPFunction.apply(x, self, batch, self.norm.weight, *self.gate_up.tensors(), *self.down.tensors())
+
+    def expand(self, x: torch.Tensor, batch: Packed) -> tuple[Buffer, Buffer, torch.Tensor]:
+        """(h, gate_up, rstd): the normed input, both projections of it, and the norm's statistic."""
+        h = batch.arena.take(x.shape[0], x.shape[1], x.dtype)
+        _, rstd = rms_norm.forward(x, self.norm.weight, self.norm.eps, h.tensor)
+        gate_up = batch.arena.take(x.shape[0], 2 * self.width, x.dtype)
+        self.gate_up.forward(h.tensor, gate_up.tensor, batch)
+        return h, gate_up, rstd
+
+    def gated(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """out [T, I] = act(gate) * up."""
+        gate, up = gate_up.split(self.width, dim=1)
+        if self.activation is F.silu:
+            swiglu.forward(gate, up, out)
+        else:
+            torch.mul(self.activation(gate), up, out=out)
+        return out
+
+    def gated_backward_(self, da: torch.Tensor, gate_up: torch.Tensor) -> None:
+        """In place: da becomes act(gate) * up, gate_up becomes its own gradient."""
+        gate, up = gate_up.split(self.width, dim=1)
+        if self.activation is F.silu:
+            swiglu.backward_(da, gate, up)
+            return
+        with torch.enable_grad():
+            leaf = gate.clone().requires_grad_()
+            activated = self.activation(leaf)
+            (dgate,) = torch.autograd.grad(activated, leaf, da * up)
+        gated = activated.detach()
+        dup = da * gated
+        torch.mul(gated, up, out=da)
+        gate.copy_(dgate)
+        up.copy_(dup)
+
+
+class _MLPFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, block: MLPBlock, batch: Packed, *tensors: Any) -> torch.Tensor:
+        h, gate_up, rstd = block.expand(x, batch)
+        if batch.policy != "all":
+            h.release()
+        a = batch.arena.take(x.shape[0], block.width, x.dtype)
+        block.gated(gate_up.tensor, a.tensor)
+        out = torch.empty_like(x)
+        block.down.forward(a.tensor, out, batch, residual=x)
+        ctx.block, ctx.batch = block, batch
+        ctx.save_for_backward(x)
+        if any(ctx.needs_input_grad):
+            ctx.kept = None if batch.policy == "full" else (h, gate_up, rstd)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[Any, ...]:
+        block, batch = ctx.block, ctx.batch
+        (x,) = ctx.saved_tensors
+        h, gate_up, rstd = ctx.kept or block.expand(x, batch)
+        ctx.kept = None
+        need_x, need_norm = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        need_gate_up, need_down = ctx.needs_input_grad[4:12], ctx.needs_input_grad[12:16]
+        dout = dout.contiguous()
+        da = batch.arena.take(x.shape[0], block.width, x.dtype)
+        if need_x or need_norm or any(need_gate_up):
+            block.down.input_gradient(dout, da.tensor, batch)
+            block.gated_backward_(da.tensor, gate_up.tensor)  # da is the gated activation now
+        else:
+            block.gated(gate_up.tensor, da.tensor)
+        grads_down = block.down.parameter_gradients(da.tensor, dout, need_down, batch)
+        da.release()
+
+        if h.tensor is None:
+            h = batch.arena.take(*x.shape, x.dtype)
+            if any(need_gate_up):
+                rms_norm.forward(x, block.norm.weight, block.norm.eps, h.tensor)
+        grads_gate_up = block.gate_up.parameter_gradients(h.tensor, gate_up.tensor, need_gate_up, batch)
+        dx, dnorm = None, None
+        if need_x or need_norm:
+            dh = h  # the normed input is not needed any more
+            block.gate_up.input_gradient(gate_up.tensor, dh.tensor, batch)
+            dx, dnorm = rms_norm.backward(
+                dh.tensor, x, block.norm.weight, rstd, residual=dout, out=torch.empty_like(x), need_dweight=need_norm
+            )
+        return (dx if need_x else None, None, None, dnorm, *grads_gate_up, *grads_down)

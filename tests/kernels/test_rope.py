@@ -1,0 +1,78 @@
+"""Rotary embedding: the raw in-place form on strided views, partial rotation, and its errors."""
+
+import pytest
+import torch
+
+from leantune_kernels import rope
+from leantune_kernels.rope.cases import tables
+from leantune_kernels.rope.reference import plain
+
+
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def implementation(request, monkeypatch):
+    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+def test_queries_and_keys_of_one_buffer_in_one_call(tokens):
+    """The values beside them, and the columns past rotary_dim, keep their bits."""
+    query_heads, kv_heads, head_dim, rotary_dim = 4, 2, 24, 14
+    buffer = torch.randn(tokens, (query_heads + 2 * kv_heads) * head_dim)
+    before = buffer.clone()
+    cos, sin = tables(40, rotary_dim // 2)
+    positions = torch.randint(40, (tokens,))
+    turned = (query_heads + kv_heads) * head_dim
+    heads, old = (b[:, :turned].unflatten(1, (query_heads + kv_heads, head_dim)) for b in (buffer, before))
+    assert rope.apply_(heads, cos, sin, positions) is heads
+
+    wanted = plain(old.double(), cos.double(), sin.double(), positions)
+    torch.testing.assert_close(heads.double(), wanted, rtol=0, atol=1e-6)
+    assert torch.equal(heads[..., rotary_dim:], old[..., rotary_dim:])
+    assert torch.equal(buffer[:, turned:], before[:, turned:])
+
+
+def test_heads_first_layout_and_inverse_restores():
+    x = torch.randn(3, 9, 16)  # [heads, tokens, head_dim], seen as [tokens, heads, head_dim]
+    before = x.clone()
+    cos, sin = tables(9, 8)
+    view = x.transpose(0, 1)
+    rope.apply_(view, cos, sin, torch.arange(9))
+    assert not torch.allclose(x, before)
+    rope.apply_(view, cos, sin, torch.arange(9), inverse=True)
+    torch.testing.assert_close(x, before, rtol=0, atol=1e-6)
+
+
+def test_matches_rotate_half_of_hugging_face():
+    x = torch.randn(5, 2, 12)
+    cos, sin = tables(8, 6)
+    positions = torch.tensor([0, 1, 2, 0, 7])
+    rotated = torch.cat((-x[..., 6:], x[..., :6]), dim=-1)
+    full_cos, full_sin = (torch.cat((t, t), dim=-1)[positions][:, None] for t in (cos, sin))
+    y = rope.rope(x, cos, sin, positions)
+    torch.testing.assert_close(y, x * full_cos + rotated * full_sin, rtol=0, atol=1e-6)
+
+
+def test_a_gradient_used_twice():
+    x = torch.randn(4, 2, 8, requires_grad=True)
+    cos, sin = tables(4, 4)
+    y = rope.rope(x, cos, sin, torch.arange(4))
+    (gradient,) = torch.autograd.grad(y + y, x, torch.ones_like(y))
+    (once,) = torch.autograd.grad(rope.rope(x, cos, sin, torch.arange(4)), x, torch.ones_like(y))
+    torch.testing.assert_close(gradient, 2 * once)
+
+
+def test_errors_name_the_argument():
+    x, (cos, sin), positions = torch.randn(3, 2, 8), tables(5, 4), torch.arange(3)
+    for bad in (positions + 3, positions - 1):
+        with pytest.raises(ValueError, match=r"positions range over .*\[0, 5\)"):
+            rope.rope(x, cos, sin, bad)
+    with pytest.raises(ValueError, match=r"positions is torch\.int32"):
+        rope.rope(x, cos, sin, positions.int())
+    with pytest.raises(ValueError, match="positions is"):
+        rope.rope(x, cos, sin, positions[:2])
+    with pytest.raises(ValueError, match="rotary_dim <= head_dim=6"):
+        rope.rope(x[..., :6], cos, sin, positions)
+    with pytest.raises(ValueError, match="use float32"):
+        rope.rope(x, cos.half(), sin.half(), positions)
+    with pytest.raises(ValueError, match="last dimension contiguous"):
+        rope.apply_(torch.randn(3, 8, 2).transpose(1, 2), cos, sin, positions)
