@@ -83,7 +83,15 @@ class BuildKernels(build_ext):
             self.announce(f"leantune: CUDA kernels left out ({reason}); the C++ kernels are complete without them", 4)
             return
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--cudart", "static"]
+        flags = [
+            "-O3",
+            "-std=c++17",
+            "-shared",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "--cudart",
+            "static",
+        ]
         self.run_compiler([nvcc, *flags, *codes, f"-I{CSRC / 'include'}", *sources, "-o", str(output)])
 
     def run_compiler(self, command: list[str]) -> None:

@@ -13,7 +13,7 @@ sorts a window of 64 steps by length first, as length-grouped samplers do, so th
 padding, and takes every k-th batch of it. Only the tuned peers use `alike`, since only padded batches gain by
 it; their losses belong to other batches and are not compared. `--loss-parity` runs all on `given`.
 
-The dense products are timed between the steps of an engine run of their own, so that both see the same machine.
+The dense products are timed between the steps of an engine run of their own: both see the same machine.
 """
 
 import argparse

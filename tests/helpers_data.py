@@ -63,7 +63,7 @@ def _trained() -> str:
 def backend(adds_start: bool = False) -> tokenizers.Tokenizer:
     """A byte-level BPE of 400 ids; adds_start: its post-processor puts <s> before a text."""
     made = tokenizers.Tokenizer.from_str(_trained())
-    steps = [processors.ByteLevel(trim_offsets=True)]
+    steps: list[processors.PostProcessor] = [processors.ByteLevel(trim_offsets=True)]
     if adds_start:
         steps.append(processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]))
     made.post_processor = processors.Sequence(steps)

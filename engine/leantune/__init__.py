@@ -1,11 +1,11 @@
 """leantune: fine-tuning of transformer language models where hardware is scarce.
 
-    import leantune as lt
-    model = lt.load("path/or/hub-id")
-    lt.LoRA(rank=16, alpha=32).apply(model)
-    trainer = lt.Trainer(model, lt.data.chat("train.jsonl", model.tokenizer), lr=2e-4)
-    for epoch in trainer.epochs(3): print(epoch.loss)
-    model.save_adapter("out/")
+import leantune as lt
+model = lt.load("path/or/hub-id")
+lt.LoRA(rank=16, alpha=32).apply(model)
+trainer = lt.Trainer(model, lt.data.chat("train.jsonl", model.tokenizer), lr=2e-4)
+for epoch in trainer.epochs(3): print(epoch.loss)
+model.save_adapter("out/")
 """
 
 from leantune import data

@@ -53,8 +53,14 @@ class Bar:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._progress = Progress(
             TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"),
@@ -82,9 +88,7 @@ class Bar:
 
 
 def _summary(row: dict[str, Any]) -> str:
-    return (
-        f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tok/s  {row['memory_bytes'] / 2**30:.2f} GiB"
-    )
+    return f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tok/s  {row['memory_bytes'] / 2**30:.2f} GiB"
 
 
 def choose(progress: bool) -> Display:

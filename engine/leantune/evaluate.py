@@ -32,9 +32,7 @@ def evaluate(model: Decoder, data: Dataset, batch_tokens: int = DEFAULT_BATCH_TO
     check_fits(model, data)
     longest = int(data.lengths.max()) if len(data) else 0
     limit = max(batch_tokens, longest)
-    plan = plan_epoch(
-        data.lengths, batch_size=None, batch_tokens=limit, accumulation=1, shuffle=False, seed=0, epoch=0
-    )
+    plan = plan_epoch(data.lengths, batch_size=None, batch_tokens=limit, accumulation=1, shuffle=False, seed=0, epoch=0)
     total, tokens = 0.0, 0
     training = model.training
     model.eval()

@@ -178,7 +178,15 @@ class Trainer:
         tokens = sum(b.tokens for b in batches)
         seconds = time.perf_counter() - begin
         return StepLog(
-            self.step, round(epoch, 6), loss, lr, norm, tokens, labels, tokens / seconds, metrics.memory_bytes()
+            self.step,
+            round(epoch, 6),
+            loss,
+            lr,
+            norm,
+            tokens,
+            labels,
+            tokens / seconds,
+            metrics.memory_bytes(),
         )
 
     def _accumulate(self, batches: list[PackedBatch], labels: int) -> float:
@@ -202,7 +210,7 @@ class Trainer:
             self._metrics.write(asdict(log))
         self._display.step(asdict(log))
         c = self.config
-        if c.eval_every and self.step % c.eval_every == 0 or (last and self.eval_data is not None):
+        if (c.eval_every and self.step % c.eval_every == 0) or (last and self.eval_data is not None):
             self._evaluate()
         if c.save_every and self.step % c.save_every == 0 and not last:
             self._save()
@@ -344,7 +352,9 @@ class Trainer:
         tensors, meta = load_state(path)
         mine = self._meta()
         if meta["trainable"] != mine["trainable"]:
-            raise CheckpointError(f"{path}: it trains other parameters than this run; apply the method it was made with")
+            raise CheckpointError(
+                f"{path}: it trains other parameters than this run; apply the method it was made with"
+            )
         if meta["data"] != mine["data"]:
             raise CheckpointError(f"{path}: its training data or tokenizer differ from those given now")
         for name, value in meta["settings"].items():

@@ -18,7 +18,12 @@ import torch
 log = logging.getLogger("leantune_kernels")
 
 # In order of preference. A file that is absent means the op has no such implementation (yet).
-IMPLEMENTATIONS = {"cuda": "cuda_impl", "triton": "triton_impl", "cpu": "native_impl", "reference": "reference"}
+IMPLEMENTATIONS = {
+    "cuda": "cuda_impl",
+    "triton": "triton_impl",
+    "cpu": "native_impl",
+    "reference": "reference",
+}
 
 
 class CannotServe(RuntimeError):

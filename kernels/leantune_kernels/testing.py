@@ -29,7 +29,9 @@ def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: f
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
-def run(function: Callable[..., Any], inputs: Inputs, case: Case, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+def run(
+    function: Callable[..., Any], inputs: Inputs, case: Case, dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
     """Outputs of `function(**inputs)`, then the gradients of the case's arguments under a fixed upstream gradient.
 
     With `dtype`, floating inputs of the test's dtype are converted first (fp64 for the truth).
@@ -85,7 +87,11 @@ def accept(
     floor = 4 * torch.finfo(dtype).eps
     for i, (value, own, exact) in enumerate(zip(values, yardstick, truth, strict=True)):
         if value.shape != exact.shape:
-            raise AssertionError(f"{case.name}, result {i}: shape {tuple(value.shape)}, not {tuple(exact.shape)}")
+            raise AssertionError(
+                f"{case.name}, result {i}: shape {tuple(value.shape)}, not {tuple(exact.shape)}"
+            )
         found, allowed = error(value, exact), factor * error(own, exact) + floor
         if not found <= allowed:
-            raise AssertionError(f"{case.name}, {dtype}, result {i}: error {found:.3g}, allowed {allowed:.3g}")
+            raise AssertionError(
+                f"{case.name}, {dtype}, result {i}: error {found:.3g}, allowed {allowed:.3g}"
+            )

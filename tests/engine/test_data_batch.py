@@ -1,5 +1,7 @@
 """Packing and the order of an epoch."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,16 @@ def test_plans_take_every_sample_once_within_the_limits(lengths: list[int], plan
             assert len(batch) == size or (budget and tokens + lengths[following[0]] > budget)
 
 
+def test_limits_are_reached_exactly_and_steps_gather_micro_batches() -> None:
+    plan: dict[str, Any] = {"shuffle": False, "seed": 0, "epoch": 0}
+    lengths = [5, 5, 6, 4, 1]
+    by_tokens = plan_epoch(lengths, batch_size=None, batch_tokens=10, accumulation=2, **plan)
+    assert by_tokens == [[[0, 1], [2, 3]], [[4]]]
+    by_both = plan_epoch(lengths, batch_size=2, batch_tokens=11, accumulation=1, **plan)
+    assert by_both == [[[0, 1]], [[2, 3]], [[4]]]
+    assert plan_epoch([], batch_size=2, batch_tokens=None, accumulation=1, **plan) == []
+
+
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int, batch_size: int) -> list[int]:
         plan = plan_epoch(
@@ -108,7 +120,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_plan_settings_are_checked() -> None:
-    good = {
+    good: dict[str, Any] = {
         "batch_size": 2,
         "batch_tokens": 10,
         "accumulation": 1,
@@ -117,14 +129,15 @@ def test_plan_settings_are_checked() -> None:
         "epoch": 0,
     }
     with pytest.raises(DataError, match="sample 1 has 11 tokens and batch_tokens=10; raise"):
-        plan_epoch([3, 11], **good)  # type: ignore[arg-type]
-    for change, message in [
+        plan_epoch([3, 11], **good)
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": None, "batch_tokens": None}, "neither batch_size nor batch_tokens"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_tokens": -1}, "batch_tokens=-1"),
         ({"accumulation": 0}, "accumulation=0"),
         ({"seed": -1}, "seed=-1"),
         ({"epoch": -1}, "epoch=-1"),
-    ]:
+    ]
+    for change, message in changes:
         with pytest.raises(ConfigError, match=message):
-            plan_epoch([3], **{**good, **change})  # type: ignore[arg-type]
+            plan_epoch([3], **{**good, **change})

@@ -1,5 +1,7 @@
 """Chats: which tokens are trained on, and who wrote the others."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,9 @@ from helpers_data import (
 from leantune import data
 from leantune.errors import ConfigError, DataError
 
-TWO_TURNS = {"messages": [user("hello"), assistant("how are you"), user("today?"), assistant("four")]}
+TWO_TURNS: dict[str, Any] = {
+    "messages": [user("hello"), assistant("how are you"), user("today?"), assistant("four")]
+}
 
 
 def test_assistant_turns_with_their_end_are_trained() -> None:
@@ -90,7 +94,7 @@ def test_only_the_template_writes_the_start_token(template: str, starts: int) ->
 
 
 def test_pairs_become_a_chat_with_an_optional_system() -> None:
-    records = [
+    records: list[dict[str, Any]] = [
         {"prompt": "hello", "completion": "four", "system": "the answer"},
         {"prompt": "hello", "completion": "four", "system": ""},
         {"prompt": "hello", "completion": "four", "system": None},
@@ -116,7 +120,7 @@ def test_tools_and_null_content_of_calls_reach_the_template() -> None:
         "{% if m.tool_calls is defined %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "today"}]}
+    call: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [{"name": "today"}]}
     record = {"messages": [user("hello"), call], "tools": [{"name": "today"}]}
     dataset = data.chat([record], tokenizer(template))
     assert whole_text(dataset).startswith('{"name": "today"}<|im_start|>user')
@@ -188,7 +192,8 @@ def test_samples_are_compact_and_the_fingerprint_covers_tokens_and_masks() -> No
     records = [TWO_TURNS, {"prompt": "hello", "completion": "four"}]
     dataset = data.chat(records, tokenizer())
     sample = dataset[1]
-    assert (sample.input_ids.dtype, sample.label_mask.dtype) == (np.int32, np.bool_)
+    assert sample.input_ids.dtype == np.int32
+    assert sample.label_mask.dtype == np.bool_
     assert np.shares_memory(sample.input_ids, dataset.input_ids)
     assert dataset[-1].input_ids.tolist() == sample.input_ids.tolist()
     assert [len(s) for s in dataset] == dataset.lengths.tolist()

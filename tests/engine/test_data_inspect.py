@@ -15,8 +15,7 @@ CHAT = {"messages": [user("[bold]hello\tworld"), assistant("four 😀")]}
 
 
 def printed(dataset: data.Dataset, index: int | list[int], colour: bool = False) -> str:
-    system = "truecolor" if colour else None
-    console = Console(file=io.StringIO(), width=120, force_terminal=colour, color_system=system)
+    console = Console(file=io.StringIO(), width=120, force_terminal=colour, no_color=not colour)
     data.inspect(dataset, index, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

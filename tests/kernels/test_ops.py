@@ -6,9 +6,10 @@ that the processor has is tried, in fp32, bf16 and fp16.
 
 import importlib
 
-import leantune_kernels
 import pytest
 import torch
+
+import leantune_kernels
 from leantune_kernels import testing
 from leantune_kernels.dispatch import Op
 
@@ -75,7 +76,10 @@ def test_upstream_gradient_of_any_strides(module, op, case, monkeypatch):
     output = module.function(**given)
     output = output[0] if isinstance(output, tuple) else output
     wanted = [given[k] for k in case.differentiable]
-    for dy in (torch.ones(()).expand(output.shape), torch.randn((*output.shape[::-1],)).permute(*range(output.dim())[::-1])):
+    for dy in (
+        torch.ones(()).expand(output.shape),
+        torch.randn((*output.shape[::-1],)).permute(*range(output.dim())[::-1]),
+    ):
         strided = torch.autograd.grad(output, wanted, dy, retain_graph=True)
         dense = torch.autograd.grad(output, wanted, dy.contiguous().clone(), retain_graph=True)
         for a, b in zip(strided, dense, strict=True):

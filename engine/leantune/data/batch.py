@@ -15,7 +15,7 @@ MicroBatch = list[int]  # sample numbers
 Step = list[MicroBatch]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """Sequences end to end; T is the number of tokens of all of them.
 

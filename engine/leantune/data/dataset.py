@@ -3,7 +3,7 @@
 import hashlib
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,7 @@ from leantune.data.tokenizer import Tokenizer
 RoleRun = tuple[str, int, int]  # (role, start, end) in tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One encoded sequence.
 
@@ -63,7 +63,7 @@ class Draft:
     truncated: bool
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Dataset(Sequence[Sample]):
     """A sequence of samples. `dataset[i]` makes a view, so keep indices rather than samples.
 
@@ -82,7 +82,7 @@ class Dataset(Sequence[Sample]):
     numbers: np.ndarray  # int64 [samples], line or item in the source
     truncated: np.ndarray  # bool [samples]
     source_name: str
-    by_line: bool = field(repr=False)
+    by_line: bool
 
     def __len__(self) -> int:
         return len(self.numbers)

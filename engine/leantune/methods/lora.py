@@ -142,7 +142,11 @@ class LoRA:
         for path, pair in file.tensors.items():
             linear = linears[path]
             lora = LowRank(
-                linear.in_features, linear.out_features, pair["lora_A"].shape[0], file.scale_for(path), method.dropout
+                linear.in_features,
+                linear.out_features,
+                pair["lora_A"].shape[0],
+                file.scale_for(path),
+                method.dropout,
             )
             with torch.no_grad():
                 lora.A.copy_(pair["lora_A"])

@@ -51,7 +51,9 @@ def rope(raw: dict[str, Any]) -> RopeConfig:
     kind = given.get("rope_type", given.get("type", "default"))
     where = "rope_parameters."
     if kind not in ("default", "linear", "llama3"):
-        raise ConfigError(f"config.json: {where}rope_type={kind!r} is not supported; supported: default, linear, llama3")
+        raise ConfigError(
+            f"config.json: {where}rope_type={kind!r} is not supported; supported: default, linear, llama3"
+        )
     must_be({**raw, **given}, "partial_rotary_factor", 1, 1.0)
     theta = number(given if "rope_theta" in given else raw, "rope_theta", 10000.0)
     if kind == "default":

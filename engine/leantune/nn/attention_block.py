@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from leantune_kernels import attention, rms_norm, rope
 from leantune.nn.arena import Buffer
 from leantune.nn.batch import Packed
 from leantune.nn.config import DecoderConfig
 from leantune.nn.linear import Linear, LinearGroup
+from leantune_kernels import attention, rms_norm, rope
 
 
 class RMSNorm(nn.Module):
@@ -129,7 +129,13 @@ class _AttentionFunction(torch.autograd.Function):
             dh = h  # the normed input is not needed any more
             block.qkv.input_gradient(dqkv.tensor, dh.tensor, batch)
             dx, dnorm = rms_norm.backward(
-                dh.tensor, x, block.norm.weight, rstd, residual=dout, out=torch.empty_like(x), need_dweight=need_norm
+                dh.tensor,
+                x,
+                block.norm.weight,
+                rstd,
+                residual=dout,
+                out=torch.empty_like(x),
+                need_dweight=need_norm,
             )
         return (dx if need_x else None, None, None, dnorm, *grads_qkv, *grads_o)
 

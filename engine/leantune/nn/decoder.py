@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from leantune_kernels import linear_cross_entropy, rms_norm
 from leantune.nn.arena import Arena
 from leantune.nn.attention_block import Attention, AttentionBlock, RMSNorm
 from leantune.nn.batch import Packed
 from leantune.nn.config import DecoderConfig
 from leantune.nn.linear import Linear
 from leantune.nn.mlp_block import MLP, MLPBlock
+from leantune_kernels import linear_cross_entropy, rms_norm
 
 IGNORED = -100  # the target of a token that carries no label
 

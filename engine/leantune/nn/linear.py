@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from leantune_kernels import dropout, low_rank
 from leantune.nn.arena import Arena, Buffer
 from leantune.nn.batch import Packed
+from leantune_kernels import dropout, low_rank
 
 Gradients = list[torch.Tensor | None]
 
@@ -49,11 +49,11 @@ class Linear(nn.Module):
         super().__init__()
         self.path, self.in_features, self.out_features = path, in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device="meta"), requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
-        )
+        self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         self.lora: LowRank | None = None
-        self.base: torch.Tensor | None = None  # the weight from before a merge; while it is set, the update is folded in
+        self.base: torch.Tensor | None = (
+            None  # the weight from before a merge; while it is set, the update is folded in
+        )
         self.index = 0  # number of the layer within the model: part of the dropout key
 
     @property
@@ -163,9 +163,7 @@ class LinearGroup:
                 gradients += [None, None]
         return gradients
 
-    def _weight(
-        self, x: torch.Tensor, batch: Packed
-    ) -> tuple[Buffer | None, torch.Tensor | None, Sequence[Linear]]:
+    def _weight(self, x: torch.Tensor, batch: Packed) -> tuple[Buffer | None, torch.Tensor | None, Sequence[Linear]]:
         """(loan, one weight for the whole group or None, layers whose update is still to be added).
 
         A single weight is formed where updates are folded in, or where the stored dtype is not the one computed in.

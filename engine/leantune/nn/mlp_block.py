@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from leantune_kernels import rms_norm, swiglu
 from leantune.nn.arena import Buffer
 from leantune.nn.attention_block import RMSNorm
 from leantune.nn.batch import Packed
 from leantune.nn.config import DecoderConfig
 from leantune.nn.linear import Linear, LinearGroup
+from leantune_kernels import rms_norm, swiglu
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -138,6 +138,12 @@ class _MLPFunction(torch.autograd.Function):
             dh = h  # the normed input is not needed any more
             block.gate_up.input_gradient(gate_up.tensor, dh.tensor, batch)
             dx, dnorm = rms_norm.backward(
-                dh.tensor, x, block.norm.weight, rstd, residual=dout, out=torch.empty_like(x), need_dweight=need_norm
+                dh.tensor,
+                x,
+                block.norm.weight,
+                rstd,
+                residual=dout,
+                out=torch.empty_like(x),
+                need_dweight=need_norm,
             )
         return (dx if need_x else None, None, None, dnorm, *grads_gate_up, *grads_down)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-
 from leantune_kernels.adamw import adamw_step
 from leantune_kernels.grad_norm import clip_factor, grad_norm
 

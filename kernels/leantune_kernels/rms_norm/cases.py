@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from leantune_kernels.testing import Case, normal
 from leantune_kernels.rms_norm import rms_norm as function
 from leantune_kernels.rms_norm.reference import plain
+from leantune_kernels.testing import Case, normal
 
 __all__ = ["CASES", "function", "plain"]
 
