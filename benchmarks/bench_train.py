@@ -84,9 +84,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Hugging Face checkpoint directory")
     add("--data", type=Path, required=True, help="training data, as `leantune train --data` takes it")
@@ -210,9 +208,7 @@ def print_dense_share(runs: Runs, console: Console) -> None:
     reports = runs.get(SPEED_REFERENCE)
     if reports:
         share = median(sum(run["seconds"][1:]) / sum(run["engine_seconds"][1:]) for run in reports)
-        console.print(
-            f"step by step in one process, the engine runs at {share:.2f} of the dense products' speed"
-        )
+        console.print(f"step by step in one process, the engine runs at {share:.2f} of the dense products' speed")
 
 
 def print_losses(runs: Runs, console: Console, *, every_step: bool) -> float:

@@ -52,4 +52,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("rope", checked(lt_rope));
     m.def("swiglu_forward", checked(lt_swiglu_forward));
     m.def("swiglu_backward", checked(lt_swiglu_backward));
+    m.def("cross_entropy_rows", checked(lt_cross_entropy_rows));
+    m.def("adamw", checked(lt_adamw));
+    m.def("sum_of_squares", checked(lt_sum_of_squares));
+    m.def("dropout", checked(lt_dropout));
 }

@@ -74,7 +74,7 @@ def tiny_model(directory: Path, **config_overrides: Any) -> Path:
         value = torch.randn(shape, generator=generator) * 0.1
         is_norm = name.endswith("norm.weight")
         tensors[name] = (1 + value if is_norm else value).to(DTYPES[config["torch_dtype"]])
-    helpers_data.write_directory(directory)
+    helpers_data.write_directory(directory, eos_token="<|im_end|>")
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory

@@ -41,9 +41,7 @@ def label_row_loss(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.T
 def main() -> None:
     parser = peer_arguments(__doc__)
     parser.add_argument("--tuned", action="store_true", help="the hand-tuned variant")
-    parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute layers in the backward"
-    )
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in the backward")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 

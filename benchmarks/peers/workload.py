@@ -54,9 +54,7 @@ def plan(lengths: np.ndarray, *, steps: int, sequences: int, seed: int) -> tuple
     window = rng.permutation(len(lengths))[: max(steps, WINDOW_STEPS) * sequences]
     batches = len(window) // sequences
     if batches < steps:
-        raise SystemExit(
-            f"--steps {steps} x --sequences {sequences} needs more than the {len(lengths)} samples"
-        )
+        raise SystemExit(f"--steps {steps} x --sequences {sequences} needs more than the {len(lengths)} samples")
     window = window[: batches * sequences]
     given = window.reshape(batches, sequences)[:steps]
     alike = window[np.argsort(lengths[window], kind="stable")].reshape(batches, sequences)
@@ -73,9 +71,7 @@ class Report:
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     label_tokens: list[int] = field(default_factory=list)
-    engine_seconds: list[float] = field(
-        default_factory=list
-    )  # of the dense products: the engine's steps between
+    engine_seconds: list[float] = field(default_factory=list)  # of the dense products: the engine's steps between
     peak_bytes: int = 0
 
     @contextmanager
@@ -101,9 +97,7 @@ def peer_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--peer", required=True, help="name under which the result is reported")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint directory")
     parser.add_argument("--adapter", type=Path, required=True, help="initial adapter, PEFT layout")
-    parser.add_argument(
-        "--workload", type=Path, required=True, help=".npz file of tokenised samples and steps"
-    )
+    parser.add_argument("--workload", type=Path, required=True, help=".npz file of tokenised samples and steps")
     parser.add_argument("--order", choices=("given", "alike"), default="given", help="which batches")
     parser.add_argument("--lr", type=float, required=True, help="learning rate, constant")
     parser.add_argument("--threads", type=int, required=True, help="compute threads")

@@ -65,6 +65,39 @@ LT_API int lt_swiglu_forward(int dtype, const void *gate, int64_t gate_stride, c
 LT_API int lt_swiglu_backward(int dtype, void *dh, int64_t dh_stride, void *gate, int64_t gate_stride, void *up,
                               int64_t up_stride, int64_t rows, int64_t cols);
 
+/* ---- Cross-entropy of rows of logits ------------------------------------------------------------------------------
+ * losses[t] = lse - (1 - label_smoothing) * x[targets[t]] - label_smoothing * mean(x) + z_loss * lse^2,
+ * x = logits[t], lse = log(sum(exp(x))). With need_gradient != 0 the logits are overwritten by the gradient of
+ * scale * row_scale[t] * losses[t] (row_scale null: 1); without, they are left as they are.
+ */
+LT_API int lt_cross_entropy_rows(float *logits, int64_t stride, const int64_t *targets, const float *row_scale,
+                                 float scale, float label_smoothing, float z_loss, int need_gradient, double *losses,
+                                 int64_t rows, int64_t cols);
+
+/* ---- AdamW over a list of tensors ---------------------------------------------------------------------------------
+ * In place, with decoupled decay, at step `step` (from 1), on fp32 parameters and moments; every array has `tensors`
+ * entries, tensors are contiguous, grad_dtypes are enum lt_dtype. A null gradient leaves its tensor as it is.
+ *   g = grad_scale * grad;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
+ *   p = (1 - lr weight_decay) p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+ */
+LT_API int lt_adamw(int64_t tensors, const int64_t *sizes, float *const *params, const void *const *grads,
+                    const int64_t *grad_dtypes, float *const *exp_avgs, float *const *exp_avg_sqs, const double *lr,
+                    const double *weight_decay, double beta1, double beta2, double eps, double grad_scale,
+                    int64_t step);
+
+/* ---- Sum of squares over a list of tensors ------------------------------------------------------------------------
+ * For the global gradient norm. Tensors are contiguous, dtypes are enum lt_dtype.
+ */
+LT_API int lt_sum_of_squares(int64_t tensors, const int64_t *sizes, const void *const *data, const int64_t *dtypes,
+                             double *result);
+
+/* ---- Dropout ------------------------------------------------------------------------------------------------------
+ * y[i] = x[i] * (u >= threshold ? scale : 0); u is word e % 4 of Philox4x32-10 at counter e / 4 with key `seed`,
+ * e = offset + i. The backward pass is the same call on the gradient. y may be x.
+ */
+LT_API int lt_dropout(int dtype, const void *x, void *y, int64_t size, uint64_t seed, uint64_t offset,
+                      uint32_t threshold, float scale);
+
 /* ---- CUDA --------------------------------------------------------------------------------------------------------
  * The same operations on device pointers, in the library built from csrc/<op>/cuda.cu (leantune_kernels/_cuda*.so).
  * `stream` is a cudaStream_t; the result is 0 or the cudaError_t of the launch. `partials` is device scratch of ceil(rows / 256) * cols floats, needed with dweight.

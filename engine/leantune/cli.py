@@ -57,6 +57,7 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -70,7 +71,9 @@ app.command("kernels")(show.kernels)
 
 @app.callback()
 def _leantune(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Print it.")
+    ] = False,
 ) -> None:
     """Fine-tune transformer language models where hardware is scarce."""
 

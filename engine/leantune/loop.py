@@ -201,7 +201,7 @@ class Trainer:
             packed = self.model.packed(batch.cu_seqlens, batch.position_ids, dropout_key=key)
             loss = self.model.loss_sum(batch.input_ids, batch.targets, packed)
             (loss / labels).backward()
-            total += float(loss)
+            total += float(loss.detach())
         return total / labels
 
     def _after_step(self, log: StepLog, last: bool) -> None:

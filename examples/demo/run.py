@@ -21,6 +21,7 @@ from fetch_model import DEFAULT_OUT, FetchError, fetch_model
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 import leantune as lt
 from leantune.errors import LeantuneError
@@ -34,16 +35,10 @@ console = Console()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", type=Path, default=DEFAULT_OUT, help="fetched if absent (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEFAULT_OUT, help="fetched if absent (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="replaced (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=60, help=f"of {SEQUENCES} samples each (default: %(default)s)"
-    )
+    parser.add_argument("--steps", type=int, default=60, help=f"of {SEQUENCES} samples each (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="compare with transformers and peft at the end")
     args = parser.parse_args()
     try:
@@ -111,17 +106,17 @@ def measure(model: lt.Model, held_out: lt.data.Dataset, question: str) -> tuple[
     loss = lt.evaluate(model, held_out, batch_tokens=EVAL_TOKENS).loss
     answer = lt.generate(model, [{"role": "user", "content": question}], max_new_tokens=64)
     console.print(f"held-out loss: [bold]{loss:.4f}[/bold]")
-    console.print(Panel(answer.strip(), title=question, title_align="left"), highlight=False, markup=False)
+    console.print(Panel(Text.assemble((question, "italic"), "\n", answer.strip())))
     return loss, answer.strip()
 
 
 def print_summary(summary: dict, out: Path) -> None:
     loss, answer = summary["held_out_loss"], summary["answer"]
-    table = Table(title=summary["question"], show_lines=True)
+    table = Table(title=Text(summary["question"]), show_lines=True)
     for name in ("", "before", "after"):
         table.add_column(name)
     table.add_row("held-out loss", f"{loss['before']:.4f}", f"[bold]{loss['after']:.4f}[/bold]")
-    table.add_row("answer", answer["before"], answer["after"])
+    table.add_row("answer", Text(answer["before"]), Text(answer["after"]))
     console.print(table)
     console.print(f"documentation: {answer['documentation']}", highlight=False, markup=False)
     console.print(f"took {summary['seconds']:.0f} s; everything is in {out}/")
@@ -139,7 +134,7 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")
 
 # leantune
-leantune generate --model {merged} "What does `heapq.merge(*iterables)` do in Python?"
+leantune generate --model {merged} --prompt 'What does `heapq.merge(*iterables)` do in Python?'
 """,
         highlight=False,
         markup=False,
@@ -154,9 +149,7 @@ def check_interop(model_path: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ours = lt.load(out / "merged")
-    ids = torch.tensor(
-        [AutoTokenizer.from_pretrained(out / "merged")("def merge(*iterables): ...").input_ids]
-    )
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out / "merged")("def merge(*iterables): ...").input_ids])
     expected = ours(ids)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32).eval()
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)

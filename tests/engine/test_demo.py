@@ -107,9 +107,7 @@ def test_markup_becomes_markdown_and_ends_in_a_full_stop(build_data: ModuleType)
 
 
 def test_split_parts_modules_and_answers_and_is_the_same_every_time(build_data: ModuleType) -> None:
-    sources = [
-        (name, SOURCE.replace("box", f"{name}-box")) for name in ("abc", "heapq", "json.decoder", "json")
-    ]
+    sources = [(name, SOURCE.replace("box", f"{name}-box")) for name in ("abc", "heapq", "json.decoder", "json")]
     train, held_out = build_data.build(sources, held_out=24)
     assert train and held_out
     assert {pair.module for pair in train}.isdisjoint(pair.module for pair in held_out)

@@ -144,7 +144,7 @@ def test_a_micro_batch_without_labels_contributes_nothing(tiny_directory, data, 
     t = trainer(model, data, batch_size=1, accumulation=2, shuffle=False)
     t.fit(max_steps=1)
     assert t.history[0].label_tokens == int(data[0].label_mask.sum())
-    with pytest.raises(lt.DataError, match="step 1 has no label token; its samples are .*2"):
+    with pytest.raises(lt.DataError, match="step 1 has no label token; its samples are records.1."):
         monkeypatch.setattr("leantune.loop.collate", lambda s, i: without(s, [1]))
         trainer(prepared(tiny_directory), data, batch_size=1).fit(max_steps=1)
 
@@ -396,21 +396,22 @@ def test_sigkill_at_any_moment_loses_at_most_the_steps_since_the_last_checkpoint
         command = [sys.executable, "-c", code, str(tiny_directory), str(out), str(int(resume))]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    whole = start(tmp_path / "whole", False)
-    assert whole.wait() == 0, whole.stderr.read()
+    def finish(out, resume):
+        with start(out, resume) as process:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
+
+    finish(tmp_path / "whole", False)
     kills = 0
-    for attempt in range(12):
-        process = start(tmp_path / "cut", (latest_state(tmp_path / "cut")) is not None)
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-        time.sleep(0.05 + 0.09 * attempt)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    if process.returncode != 0:
-        process = start(tmp_path / "cut", True)
-        assert process.wait() == 0, process.stderr.read()
+    for attempt in range(6):
+        with start(tmp_path / "cut", latest_state(tmp_path / "cut") is not None) as process:
+            assert process.stdout.readline() == "ready\n", process.stderr.read()
+            time.sleep(0.05 + 0.1 * attempt)
+            if process.poll() is not None:
+                break
+            process.kill()
+            kills += 1
+    finish(tmp_path / "cut", latest_state(tmp_path / "cut") is not None)
     assert kills >= 2
     expected, _ = load_state(tmp_path / "whole" / "checkpoint-72")
     found, _ = load_state(tmp_path / "cut" / "checkpoint-72")

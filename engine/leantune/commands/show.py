@@ -45,7 +45,7 @@ def inspect_data(
 
 def kernels(
     as_json: Annotated[
-        bool, Option("--json", help="Print {op: {implementation: null if it can serve, else why not}}.")
+        bool, Option("--json", metavar="", help="Print {op: {implementation: null if it can serve, else why not}}.")
     ] = False,
 ) -> None:
     """List every op with its implementations: which can serve a float32 CPU tensor here, and why others cannot.

@@ -36,10 +36,10 @@ def train(
     context: typer.Context,
     config: Annotated[
         Path | None,
-        typer.Argument(help="TOML file with the options below, named as there, with _ for -.", metavar="[CONFIG.toml]"),
+        typer.Argument(help="TOML file with the options below, named as there, with _ for -.", metavar="CONFIG.toml"),
     ] = None,
     model: Annotated[str | None, _option(_WHAT, "PATH|ID", options.MODEL)] = None,
-    adapter: Annotated[str | None, _option(_WHAT, "DIR", "Adapter to go on with, one that PEFT wrote included.")] = None,
+    adapter: Annotated[str | None, _option(_WHAT, "DIR", "Saved adapter to go on with (PEFT's included).")] = None,
     data: Annotated[str | None, _option(_WHAT, "FILE", options.DATA)] = None,
     field: Annotated[list[str] | None, _option(_WHAT, "COLUMN=NAME", options.FIELD)] = None,
     eval_data: Annotated[str | None, _option(_WHAT, "FILE", "Data to measure the loss on; same format.")] = None,
@@ -91,14 +91,10 @@ def train(
         int | None, _option(_RUN, "STEPS", "Measure --eval-data every so many steps.", "at the end")
     ] = None,
     merge: Annotated[
-        bool | None, Option("--merge", help="Also write the merged checkpoint, to OUT/merged.", rich_help_panel=_RUN)
+        bool | None, _option(_RUN, "", "Also write the merged checkpoint, to OUT/merged.", flag="--merge")
     ] = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=_RUN)
-    ] = False,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace the run that is in --out.", rich_help_panel=_RUN)
-    ] = False,
+    resume: Annotated[bool, _option(_RUN, "", "Go on from the last checkpoint in --out.", flag="--resume")] = False,
+    overwrite: Annotated[bool, _option(_RUN, "", "Replace the run that is in --out.", flag="--overwrite")] = False,
     assignments: Annotated[
         list[str] | None,
         _option(_RUN, "KEY=VALUE", "Any other setting, such as weight_decay=0.1, use_rslora=true. Repeatable.",
@@ -153,7 +149,9 @@ def _check_outputs(recipe: Recipe, out: Path, replace: bool) -> None:
     """Before any work: results of an earlier run, which the end of this one would replace."""
     for path in (out / name for name in _OUTPUTS):
         if recipe.adapter is not None and path.resolve() == Path(recipe.adapter).resolve():
-            raise ConfigError(f"out={recipe.out!r} would replace the adapter that training goes on with; choose another")
+            raise ConfigError(
+                f"out={recipe.out!r} would replace the adapter that training goes on with; choose another"
+            )
         if path.is_dir() and any(path.iterdir()) and not replace:
             raise CheckpointError(
                 f"out={recipe.out!r} holds results already ({path.name}); choose another directory, or replace them "

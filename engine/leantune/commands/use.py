@@ -27,7 +27,7 @@ def evaluate(
     ] = 2048,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
-    as_json: Annotated[bool, Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Annotated[bool, Option("--json", metavar="", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Measure the loss of a model on a data file.
 
@@ -53,11 +53,15 @@ def evaluate(
 def merge(
     model: options.ModelName,
     adapter: Annotated[str, Option(help=options.ADAPTER, metavar="DIR", show_default=False)],
-    out: Annotated[str, Option(help="Directory to write, in Hugging Face's layout.", metavar="DIR", show_default=False)],
+    out: Annotated[
+        str, Option(help="Directory to write, in Hugging Face's layout.", metavar="DIR", show_default=False)
+    ],
     dtype: Annotated[
         str | None, Option(help="How to store it: float32, bfloat16 or float16.", show_default="as the model is")
     ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace a checkpoint that is in --out.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", metavar="", help="Replace a checkpoint that is in --out.")
+    ] = False,
     threads: options.Threads = None,
 ) -> None:
     """Add an adapter to its model's weights and write the result as a checkpoint of its own.
@@ -89,7 +93,9 @@ def generate(
         str | None, Option(help="What to say to the model.", metavar="TEXT", show_default="standard input")
     ] = None,
     system: Annotated[str | None, Option(help="System message of the chat.", metavar="TEXT")] = None,
-    raw: Annotated[bool, Option("--raw", help="Go on with the text as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, Option("--raw", metavar="", help="Go on with the text as it is, without the chat template.")
+    ] = False,
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens to write at most.", metavar="TOKENS")] = 256,
     temperature: Annotated[
         float, Option(min=0, help="Randomness; 0 takes the likeliest token each time.", metavar="X")

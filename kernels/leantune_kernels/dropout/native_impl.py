@@ -1,0 +1,16 @@
+"""Dropout by csrc/dropout/cpu.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from leantune_kernels.native import DTYPE_CODES, lib, refuses
+
+__all__ = ["forward", "refuses"]
+
+
+def forward(x, threshold, scale, seed, offset, out=None):  # type: ignore[no-untyped-def]
+    x = x.contiguous()
+    y = torch.empty_like(x) if out is None else out
+    lib.dropout(DTYPE_CODES[x.dtype], x.data_ptr(), y.data_ptr(), x.numel(), seed, offset, threshold, scale)
+    return y

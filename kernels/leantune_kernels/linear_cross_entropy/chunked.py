@@ -1,0 +1,157 @@
+"""The chunk loop of linear_cross_entropy: dense products around an implementation's `cross_entropy_rows`.
+
+The loop is the same on every device; implementations differ in the elementwise part between the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+VOCABULARY_BLOCK = 8192  # rows of a half-precision head that are in fp32 at a time
+
+
+class LossAndGradients(NamedTuple):
+    loss_sum: torch.Tensor
+    label_count: int
+    dhidden: torch.Tensor | None
+    dweight: torch.Tensor | None
+    dbias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    chunk_rows: int
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing} is outside [0, 1]")
+        if self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows={self.chunk_rows} must be at least 1; 256 is the default")
+
+
+def check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    ignore_index: int,
+) -> None:
+    """ValueError that names the argument which does not fit, or the first target without a meaning."""
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be [N, H], use hidden.flatten(0, -2)")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; hidden with shape {tuple(hidden.shape)} needs "
+            f"[V, {hidden.shape[1]}]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; weight {tuple(weight.shape)} needs [{weight.shape[0]}]")
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype not in FLOATS:
+            raise ValueError(f"{name} has dtype {value.dtype}; use float32, bfloat16 or float16")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets is {targets.dtype} of shape {tuple(targets.shape)}; hidden {tuple(hidden.shape)} "
+            f"needs torch.int64 of shape [{hidden.shape[0]}]"
+        )
+    wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets[{row}]={int(targets[row])} is neither ignore_index={ignore_index} nor a row of weight, "
+            f"[0, {weight.shape[0]})"
+        )
+
+
+def run(
+    cross_entropy_rows: Callable[..., torch.Tensor],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    settings: Settings,
+    grad_scale: float,
+    row_scale: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[LossAndGradients, torch.Tensor]:
+    """Loss, the gradients of sum_t(grad_scale * row_scale[t] * loss[t]) in `needs`, and losses [N] fp64."""
+    check(hidden, weight, bias, targets, settings.ignore_index)
+    need_dhidden, need_dweight, need_dbias = needs
+    labelled = (targets != settings.ignore_index).nonzero().squeeze(1)
+    count = labelled.numel()
+    zeros = partial(torch.zeros, device=hidden.device, dtype=torch.float32)
+    chunk = min(settings.chunk_rows, count)
+    head = Head(weight, bias)
+    buffer = torch.empty(chunk, weight.shape[0], device=hidden.device, dtype=torch.float32)
+    losses = torch.zeros(hidden.shape[0], device=hidden.device, dtype=torch.float64)
+    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_dhidden else None
+    dweight = zeros(weight.shape) if need_dweight else None
+    dbias = zeros(weight.shape[0]) if need_dbias else None
+    for begin in range(0, count, settings.chunk_rows):
+        rows = labelled[begin : begin + settings.chunk_rows]
+        x = hidden.detach().index_select(0, rows).float()
+        logits = head.logits(x, buffer[: rows.numel()])
+        losses[rows] = cross_entropy_rows(
+            logits=logits,
+            targets=targets.index_select(0, rows),
+            row_scale=None if row_scale is None else row_scale.index_select(0, rows),
+            scale=grad_scale,
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
+            need_gradient=any(needs),
+        )
+        dlogits = logits  # the same memory: cross_entropy_rows has put the gradient there
+        if dweight is not None:  # summed over the chunks in fp32, whatever the weight is stored in
+            dweight.addmm_(dlogits.t(), x)
+        if dbias is not None:
+            dbias += dlogits.sum(0)
+        if dhidden is not None:
+            dhidden.index_copy_(0, rows, head.input_gradient(dlogits, out=x).to(dhidden.dtype))
+    return LossAndGradients(losses.sum().float(), count, dhidden, dweight, dbias), losses
+
+
+class Head:
+    """x @ weight^T + bias and its gradient in x, in fp32, from a weight of any storage type.
+
+    A weight in half precision is brought to fp32 a block of the vocabulary at a time, in one small reused
+    buffer. The conversion is repeated for every chunk of rows and costs a few percent of the products; a
+    whole copy in fp32 would take twice the memory that storing the head in half precision saves.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach().float()
+        whole = weight.dtype == torch.float32
+        self.block = max(1, weight.shape[0]) if whole else VOCABULARY_BLOCK
+        rows = 0 if whole else min(self.block, weight.shape[0])
+        self.converted = torch.empty(rows, weight.shape[1], device=weight.device, dtype=torch.float32)
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        for begin in range(0, self.weight.shape[0], self.block):
+            columns = slice(begin, min(begin + self.block, self.weight.shape[0]))
+            weight = self.weight[columns]
+            if weight.dtype != torch.float32:
+                weight = self.converted[: weight.shape[0]].copy_(weight)
+            yield columns, weight
+
+    def logits(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        for columns, weight in self.blocks():
+            if self.bias is None:
+                torch.mm(x, weight.t(), out=out[:, columns])
+            else:
+                torch.addmm(self.bias[columns], x, weight.t(), out=out[:, columns])
+        return out
+
+    def input_gradient(self, dlogits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        for columns, weight in self.blocks():
+            out.addmm_(dlogits[:, columns], weight, beta=0 if columns.start == 0 else 1)
+        return out

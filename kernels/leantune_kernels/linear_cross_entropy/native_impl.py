@@ -1,0 +1,20 @@
+"""The elementwise part of linear_cross_entropy by csrc/linear_cross_entropy/cpu.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from leantune_kernels.native import address, lib, refuses
+
+__all__ = ["cross_entropy_rows", "refuses"]
+
+
+def cross_entropy_rows(  # type: ignore[no-untyped-def]
+    *, logits, targets, row_scale, scale, label_smoothing, z_loss, need_gradient
+):
+    losses = torch.empty(logits.shape[0], dtype=torch.float64)
+    lib.cross_entropy_rows(
+        logits.data_ptr(), logits.stride(0), targets.data_ptr(), address(row_scale), scale,
+        label_smoothing, z_loss, need_gradient, losses.data_ptr(), logits.shape[0], logits.shape[1],
+    )  # fmt: skip
+    return losses
