@@ -1,6 +1,5 @@
-// Rotary embedding in place: pair (i, i + R/2) of every head turns by the
-// token's angle. Queries and keys lie side by side in one buffer, so one call
-// turns both and memory is read and written once.
+// Rotary embedding in place: pair (i, i + R/2) of every head turns by the token's angle. Queries and keys lie side by
+// side in one buffer, so one call turns both and memory is read and written once.
 #include "kernel.h"
 
 namespace lt {

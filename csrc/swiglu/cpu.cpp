@@ -1,6 +1,5 @@
-// SwiGLU. The backward pass overwrites its three inputs with the three tensors
-// that the layer needs next, so that the widest activations of the model exist
-// once: (dh, gate, up) becomes (h, d_gate, d_up), h recomputed on the way.
+// SwiGLU. The backward pass overwrites its three inputs with the three tensors that the layer needs next, so that the
+// widest activations of the model exist once: (dh, gate, up) becomes (h, d_gate, d_up), h recomputed on the way.
 #include "kernel.h"
 
 namespace lt {
@@ -9,8 +8,7 @@ namespace {
 
 LT_INLINE vf swish(vf gate) { return gate * vsigmoid(gate); }
 
-// Replaces the values by the results; all lanes are independent, so a partial
-// vector needs no mask.
+// Replaces the values by the results; all lanes are independent, so a partial vector needs no mask.
 LT_INLINE void backward_lanes(vf *dh, vf *gate, vf *up) {
     const vf sigmoid = vsigmoid(*gate);
     const vf silu = *gate * sigmoid, upstream = *dh;

@@ -24,11 +24,11 @@ class _Group(TyperGroup):
             typer.secho("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except (LeantuneError, RuntimeError) as error:
-            if os.environ.get("LEANTUNE_DEBUG") == "1" or not _explains_itself(error):
-                raise
             if _interrupted(error):
                 typer.secho(str(error), err=True)
                 raise typer.Exit(INTERRUPTED) from None
+            if os.environ.get("LEANTUNE_DEBUG") == "1" or not _explains_itself(error):
+                raise
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
 

@@ -114,7 +114,7 @@ def print_summary(summary: dict, out: Path) -> None:
     loss, answer = summary["held_out_loss"], summary["answer"]
     table = Table(title=Text(summary["question"]), show_lines=True)
     for name in ("", "before", "after"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     table.add_row("held-out loss", f"{loss['before']:.4f}", f"[bold]{loss['after']:.4f}[/bold]")
     table.add_row("answer", Text(answer["before"]), Text(answer["after"]))
     console.print(table)

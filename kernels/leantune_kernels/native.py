@@ -9,7 +9,9 @@ import os
 
 import torch
 
-from leantune_kernels import _native as lib
+from leantune_kernels import _native
+
+lib = _native
 
 OPENMP_RUNTIME = lib.adopt_openmp()
 if "LEANTUNE_ISA" in os.environ:  # refuse a level that does not exist, rather than run another in silence

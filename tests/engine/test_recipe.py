@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+
 from leantune import recipe
 from leantune.errors import ConfigError
+from leantune.methods import LoRA
 
 GIVEN = {"model": "m", "data": "d.jsonl", "out": "o"}
 
@@ -20,7 +22,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     got = recipe.read(file, {"model": "b", "out": "o", "rank": 2}, ["weight_decay=0.1"])
     assert (got.model, got.data, got.field) == ("b", "d", {"question": "prompt"})
     assert (got.train.lr, got.train.weight_decay, got.train.eps) == (1e-3, 0.1, 1e-8)
-    assert got.tuning is not None and (got.tuning.rank, got.tuning.alpha) == (2, 32.0)
+    assert isinstance(got.tuning, LoRA) and (got.tuning.rank, got.tuning.alpha) == (2, 32.0)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_set_reads_text_as_the_type_of_its_key(assignment: str, key: str, value:
 )
 def test_targets(given: object, targets: object) -> None:
     made = recipe.read(None, {**GIVEN, "targets": given})
-    assert made.tuning.targets == targets  # type: ignore[union-attr]
+    assert isinstance(made.tuning, LoRA) and made.tuning.targets == targets
 
 
 def test_a_recipe_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -76,10 +76,8 @@ def test_upstream_gradient_of_any_strides(module, op, case, monkeypatch):
     output = module.function(**given)
     output = output[0] if isinstance(output, tuple) else output
     wanted = [given[k] for k in case.differentiable]
-    for dy in (
-        torch.ones(()).expand(output.shape),
-        torch.randn((*output.shape[::-1],)).permute(*range(output.dim())[::-1]),
-    ):
+    backwards = tuple(range(output.dim())[::-1])
+    for dy in (torch.ones(()).expand(output.shape), torch.randn(output.shape[::-1]).permute(backwards)):
         strided = torch.autograd.grad(output, wanted, dy, retain_graph=True)
         dense = torch.autograd.grad(output, wanted, dy.contiguous().clone(), retain_graph=True)
         for a, b in zip(strided, dense, strict=True):

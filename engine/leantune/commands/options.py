@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -84,14 +84,17 @@ def fields_of(entries: list[str] | None) -> dict[str, str]:
 def read_data(
     path: str, tokenizer: Tokenizer, fields: dict[str, str], max_length: int, on_long: str, train_on: str
 ) -> Dataset:
-    """The data set of a file, with a note of what is in it and what was cut or left out."""
+    """The data set of a file, in the format that its first record shows."""
     from leantune import data
 
-    settings = {"max_length": max_length, "on_long": on_long, "train_on": train_on}
-    dataset = data.auto(path, tokenizer, fields=fields or None, **settings)  # type: ignore[arg-type]
-    stats = dataset.stats
-    note(
+    settings: dict[str, Any] = {"max_length": max_length, "on_long": on_long, "train_on": train_on}
+    return data.auto(path, tokenizer, fields=fields or None, **settings)
+
+
+def counted(path: str, data: Dataset) -> str:
+    """What a data set holds, and what was cut or left out."""
+    stats = data.stats
+    return (
         f"{path}: {stats.samples:,} samples, {stats.tokens:,} tokens, {stats.label_tokens:,} targets; "
-        f"{stats.truncated:,} truncated to {max_length:,} tokens, {stats.dropped:,} dropped"
+        f"{stats.truncated:,} truncated, {stats.dropped:,} dropped"
     )
-    return dataset

@@ -61,7 +61,10 @@ def kernels(
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("op", *dispatch.IMPLEMENTATIONS, show_lines=True)
+    shown = Table(show_lines=True)
+    shown.add_column("op", no_wrap=True)
+    for name in dispatch.IMPLEMENTATIONS:
+        shown.add_column(name)
     for op, reasons in table.items():
         shown.add_row(op, *(_cell(reasons[name]) for name in dispatch.IMPLEMENTATIONS))
     Console().print(shown)

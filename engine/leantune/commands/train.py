@@ -108,7 +108,7 @@ def train(
     """
     from leantune import recipe
 
-    flags = {k: v for k, v in context.params.items() if v is not None and v != [] and k not in _NOT_SETTINGS}
+    flags = {k: v for k, v in context.params.items() if v not in (None, [], ()) and k not in _NOT_SETTINGS}
     run(recipe.read(config, flags, assignments or []), resume, overwrite)
 
 
@@ -129,8 +129,11 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> None:
     with _terminable():
         model = options.load_model(recipe.model, recipe.adapter, recipe.dtype)
         encoding = (model.tokenizer, recipe.field, recipe.max_length, recipe.on_long, recipe.train_on)
-        data = options.read_data(recipe.data, *encoding)
-        eval_data = None if recipe.eval_data is None else options.read_data(recipe.eval_data, *encoding)
+        data, eval_data = options.read_data(recipe.data, *encoding), None
+        note(options.counted(recipe.data, data))
+        if recipe.eval_data is not None:
+            eval_data = options.read_data(recipe.eval_data, *encoding)
+            note(options.counted(recipe.eval_data, eval_data))
         if recipe.tuning is not None:
             recipe.tuning.apply(model)
         note(_trained(model))

@@ -39,6 +39,7 @@ def evaluate(
     loaded = options.load_model(model, adapter, dtype)
     fields = options.fields_of(field)
     dataset = options.read_data(data, loaded.tokenizer, fields, max_length, on_long, train_on)
+    options.note(options.counted(data, dataset))
     result = evaluate(loaded, dataset, batch_tokens)
     if not math.isfinite(result.loss):
         raise DataError(f"{data}: the loss is {result.loss}; the model's weights or the data are damaged")
