@@ -49,6 +49,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("rms_norm_forward", checked(lt_rms_norm_forward));
     m.def("rms_norm_backward", checked(lt_rms_norm_backward));
 
+    m.def("attention_forward", checked(lt_attention_forward));
+    m.def("attention_backward", checked(lt_attention_backward));
+
     m.def("rope", checked(lt_rope));
     m.def("swiglu_forward", checked(lt_swiglu_forward));
     m.def("swiglu_backward", checked(lt_swiglu_backward));
@@ -56,4 +59,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("adamw", checked(lt_adamw));
     m.def("sum_of_squares", checked(lt_sum_of_squares));
     m.def("dropout", checked(lt_dropout));
+
+    m.def("low_rank_merge", checked(lt_low_rank_merge));
+    m.def("low_rank_gradients", checked(lt_low_rank_gradients));
+    m.def("low_rank_add", checked(lt_low_rank_add));
 }

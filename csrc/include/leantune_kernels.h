@@ -98,6 +98,57 @@ LT_API int lt_sum_of_squares(int64_t tensors, const int64_t *sizes, const void *
 LT_API int lt_dropout(int dtype, const void *x, void *y, int64_t size, uint64_t seed, uint64_t offset,
                       uint32_t threshold, float scale);
 
+/* ---- packed attention -----------------------------------------------------------------------------------------------
+ * o[t, h] = sum_j softmax_j(scale * <q[t, h], k[j, h']>) * v[j, h'] over the tokens j of t's own sequence, j <= t where
+ * causal, with h' = h / (heads / kv_heads). Token t of head h is at t * x_stride + h * x_head, head_dim contiguous
+ * elements. Sequence s holds tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1; cu_seqlens starts at 0 and never falls.
+ * lse [heads, tokens] is the logarithm of the softmax's denominator, kept for backward. `grad` is the gradient of o.
+ */
+LT_API int lt_attention_forward(int dtype, const void *q, int64_t q_stride, int64_t q_head, const void *k,
+                                int64_t k_stride, int64_t k_head, const void *v, int64_t v_stride, int64_t v_head,
+                                void *o, int64_t o_stride, int64_t o_head, float *lse, const int32_t *cu_seqlens,
+                                int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
+                                int causal);
+LT_API int lt_attention_backward(int dtype, const void *grad, int64_t grad_stride, int64_t grad_head, const void *q,
+                                 int64_t q_stride, int64_t q_head, const void *k, int64_t k_stride, int64_t k_head,
+                                 const void *v, int64_t v_stride, int64_t v_head, const void *o, int64_t o_stride,
+                                 int64_t o_head, const float *lse, void *dq, int64_t dq_stride, int64_t dq_head,
+                                 void *dk, int64_t dk_stride, int64_t dk_head, void *dv, int64_t dv_stride,
+                                 int64_t dv_head, const int32_t *cu_seqlens, int64_t sequences, int64_t heads,
+                                 int64_t kv_heads, int64_t head_dim, float scale, int causal);
+
+/* ---- Low-rank products (LoRA) -------------------------------------------------------------------------------------
+ * For a linear layer of K inputs and N outputs with fp32 factors A [r, K] and B [N, r].
+ * merge:     out [N, K] fp32 = weight + scale * B A. rank 0 is a plain copy. out may be the weight.
+ * gradients: with S = x A^T and dS = scale * dy B, da [r, K] = dS^T x and db [N, r] = scale * dy^T S, overwritten, or
+ *            accumulated if `accumulate`. Adapters of one call share x, which is read once; at most 16 of them.
+ * add:       y [rows, N] += scale * (x P) Q, accumulated, with P [K, r] and Q [r, N] of any two strides each: A^T and
+ *            B^T for the forward pass, B and A for the gradient of the input. y must not be x.
+ */
+typedef struct lt_low_rank_adapter {
+    const void *dy; /* [rows, outputs], dtype of x */
+    int64_t dy_stride;
+    const float *a;
+    int64_t a_stride;
+    const float *b;
+    int64_t b_stride;
+    float *da;
+    int64_t da_stride;
+    float *db;
+    int64_t db_stride;
+    int64_t outputs, rank;
+    float scale;
+} lt_low_rank_adapter;
+
+LT_API int lt_low_rank_merge(int dtype, const void *weight, int64_t weight_stride, const float *a, int64_t a_stride,
+                             const float *b, int64_t b_stride, float *out, int64_t out_stride, int64_t outputs,
+                             int64_t inputs, int64_t rank, float scale);
+LT_API int lt_low_rank_gradients(int dtype, const void *x, int64_t x_stride, int64_t rows, int64_t inputs,
+                                 const lt_low_rank_adapter *adapters, int64_t count, int accumulate);
+LT_API int lt_low_rank_add(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
+                           int64_t p_rank_step, const float *q, int64_t q_rank_step, int64_t q_output_step, void *y,
+                           int64_t y_stride, int64_t rows, int64_t inputs, int64_t rank, int64_t outputs, float scale);
+
 /* ---- CUDA --------------------------------------------------------------------------------------------------------
  * The same operations on device pointers, in the library built from csrc/<op>/cuda.cu (leantune_kernels/_cuda*.so).
  * `stream` is a cudaStream_t; the result is 0 or the cudaError_t of the launch. `partials` is device scratch of ceil(rows / 256) * cols floats, needed with dweight.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import signal
 import threading
@@ -103,6 +105,8 @@ class Trainer:
         self._display = display.choose(progress)
         self._last_eval: float | None = None
         self._stop_asked = False
+        self._total = 0
+        self._resumed_total: int | None = None
         self._steps_per_epoch: dict[int, list[Step]] = {}
         if self.out is None and resume:
             raise ConfigError("resume=True needs out=, the directory of the run to go on with")
@@ -133,15 +137,22 @@ class Trainer:
 
     def _run(self, total: int) -> Iterator[EpochResult]:
         schedule = Schedule(self.config.schedule, self.config.lr, total, self.config.warmup)
+        if self.step >= total:
+            return
+        if self._resumed_total not in (None, total):
+            self._display.note(
+                f"the run was planned for {self._resumed_total} steps and is {total} now: the {schedule.kind} schedule "
+                "goes on as if it had been so from the start"
+            )
+        self._total = total
         self._display.start(total, self.step)
         try:
             while self.step < total:
                 yield self._epoch(schedule)
-            if self._last_eval is None and self.eval_data is not None:
-                self._evaluate()
             if self.out is not None:
-                self._save()
-                metrics.draw_curve(self.out)
+                with self._interrupts():
+                    self._save()
+                    metrics.draw_curve(self.out)
         finally:
             self._display.stop()
 
@@ -304,10 +315,12 @@ class Trainer:
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"out={str(out)!r} is a file; give a directory")
         state = latest_state(out) if resume else None
+        begun = (out / metrics.FILE_NAME).exists()
         if resume and state is None:
-            raise CheckpointError(f"resume: {out} holds no complete checkpoint; start without resume")
-        holds_run = out.is_dir() and (any(out.glob("checkpoint-*")) or (out / metrics.FILE_NAME).exists())
-        if holds_run and not resume:
+            if not begun:
+                raise CheckpointError(f"resume: {out} holds no run; start without resume")
+            self._display.note(f"{out} holds no complete checkpoint: the run starts from the beginning")
+        if not resume and (begun or any(out.glob("checkpoint-*"))):
             if not overwrite:
                 raise CheckpointError(
                     f"out={str(out)!r} holds a run already; choose another directory, go on with resume "
@@ -334,10 +347,13 @@ class Trainer:
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()}
         return {
             "step": self.step,
+            "total_steps": self._total,
             "optimizer_steps": self.optimizer.steps,
+            "model": _fingerprint(self.model),
+            "method": _described(self.model.method),
             "settings": {k: v for k, v in settings.items() if k not in _FREE},
             "data": self.data.fingerprint,
-            "trainable": sorted(self.optimizer.parameters),
+            "trainable": {name: list(p.shape) for name, p in sorted(self.optimizer.parameters.items())},
         }
 
     def _save(self) -> Path:
@@ -351,9 +367,11 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         tensors, meta = load_state(path)
         mine = self._meta()
-        if meta["trainable"] != mine["trainable"]:
+        if meta["model"] != mine["model"]:
+            raise CheckpointError(f"{path}: it belongs to another base model than the one loaded now")
+        if (meta["trainable"], meta["method"]) != (mine["trainable"], mine["method"]):
             raise CheckpointError(
-                f"{path}: it trains other parameters than this run; apply the method it was made with"
+                f"{path}: it was trained with {meta['method']}, this run has {mine['method']}; apply the same method"
             )
         if meta["data"] != mine["data"]:
             raise CheckpointError(f"{path}: its training data or tokenizer differ from those given now")
@@ -367,4 +385,18 @@ class Trainer:
             for name, p in self.optimizer.parameters.items():
                 p.copy_(tensors[f"parameter.{name}"])
         self.optimizer.load_state(tensors, meta["optimizer_steps"])
-        self.step = meta["step"]
+        self.step, self._resumed_total = meta["step"], meta["total_steps"]
+
+
+def _described(method: Any) -> dict[str, Any] | None:
+    """A method and its settings, as JSON gives them back; None where parameters were unfrozen by hand."""
+    return None if method is None else {"name": method.name, **asdict(method)}
+
+
+def _fingerprint(model: Decoder) -> str:
+    """SHA-256 of the config and of the frozen norms and biases: cheap, and another model's differ."""
+    digest = hashlib.sha256(json.dumps(model.config.raw, sort_keys=True).encode())
+    for p in model.parameters():
+        if p.dim() == 1 and not p.requires_grad:
+            digest.update(p.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()

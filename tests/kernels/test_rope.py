@@ -11,6 +11,7 @@ from leantune_kernels.rope.reference import plain
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
 def implementation(request, monkeypatch):
     monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 33])

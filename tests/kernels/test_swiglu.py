@@ -11,6 +11,7 @@ from leantune_kernels.testing import error
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
 def implementation(request, monkeypatch):
     monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 7), (7, 33), (33, 48), (0, 5)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from leantune_kernels.adamw import adamw_step
+from leantune_kernels.adamw import AdamWTable
 from leantune_kernels.grad_norm import clip_factor, grad_norm
 
 
@@ -29,6 +29,8 @@ class AdamW:
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.steps = 0
+        self._table: AdamWTable | None = None
+        self._addresses: list[int] = []
 
     def gradients(self) -> list[torch.Tensor]:
         """The parameters' gradients, in order; a parameter without one counts as zero."""
@@ -45,11 +47,8 @@ class AdamW:
     def step(self, lr: float, norm: float, max_norm: float | None) -> None:
         """One update with gradients scaled down to `max_norm` where `norm` exceeds it; then gradients are dropped."""
         self.steps += 1
-        adamw_step(
-            [p.detach() for p in self.parameters.values()],
+        self._current_table().step(
             self.gradients(),
-            list(self.exp_avg.values()),
-            list(self.exp_avg_sq.values()),
             step=self.steps,
             lr=lr,
             beta1=self.betas[0],
@@ -60,6 +59,15 @@ class AdamW:
         )
         for p in self.parameters.values():
             p.grad = None
+
+    def _current_table(self) -> AdamWTable:
+        """The kernel's table of addresses; made anew where a parameter's data was replaced."""
+        addresses = [p.data_ptr() for p in self.parameters.values()]
+        if self._table is None or addresses != self._addresses:
+            parameters = [p.detach() for p in self.parameters.values()]
+            self._table = AdamWTable(parameters, list(self.exp_avg.values()), list(self.exp_avg_sq.values()))
+            self._addresses = addresses
+        return self._table
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything to go on from, by name; `steps` is kept apart."""

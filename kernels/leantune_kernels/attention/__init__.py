@@ -1,0 +1,106 @@
+"""Packed attention: softmax(scale * Q K^T) V within each sequence (Dao et al. 2022, arXiv:2205.14135).
+
+Shapes: T tokens of all sequences one after another, Hq query heads, Hk key and value heads, D head dimension.
+q [T, Hq, D]; k, v [T, Hk, D]; Hq is a multiple of Hk, and query head h reads key head h // (Hq / Hk). lse
+[Hq, T] fp32 is the logarithm of the softmax's denominator, kept for the backward pass. Any of the tensors may be
+slices of one projection's output.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from leantune_kernels.dispatch import Op
+
+OP = Op(__name__)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """Attention of packed sequences, [T, Hq, D] like `q`, differentiable in q, k and v.
+
+    q [T, Hq, D], k and v [T, Hk, D]: one dtype of float32, bfloat16, float16, any strides; sums are fp32.
+    cu_seqlens: int32 [n + 1]; sequence i is the tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+    scale: of the scores; 1 / sqrt(D) where None. causal: a token sees itself and what precedes it in its
+    sequence; otherwise all of its sequence. Raises ValueError for shapes that do not fit, and for a cu_seqlens
+    that does not rise from 0 to T; on a device other than cpu its values are not read.
+    """
+    return _Attention.apply(q, k, v, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, causal)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    causal: bool,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o [T, Hq, D], lse [Hq, T] fp32); o goes to `out` where given."""
+    _check(q, k, v, cu_seqlens)
+    return OP.pick(q).forward(q, k, v, cu_seqlens, scale, causal, out)
+
+
+def backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    causal: bool,
+    dq: torch.Tensor | None = None,
+    dk: torch.Tensor | None = None,
+    dv: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) for the upstream gradient `do` [T, Hq, D]; each goes to its tensor where given.
+
+    o and lse are what `forward` returned for the same q, k, v. The results may be slices of one buffer.
+    """
+    return OP.pick(q).backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq, dk, dv)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [tokens, heads, head_dim]")
+    tokens, heads, dim = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape != (tokens, k.shape[1], dim):
+            needed = f"[{tokens}, kv_heads, {dim}] for q with shape {tuple(q.shape)}"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {needed}, k and v alike")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}; q has {q.dtype}, and all three must agree")
+    if heads == 0 or k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"q has {heads} heads; they must be a multiple of the {k.shape[1]} heads of k and v")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        found = f"dtype {cu_seqlens.dtype}, shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens has {found}; it must be int32 [sequences + 1]")
+    if cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
+            raise ValueError(f"cu_seqlens={bounds} must start at 0, never fall and end at {tokens}, the tokens of q")
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, scale, causal):  # type: ignore[no-untyped-def]
+        o, lse = forward(q, k, v, cu_seqlens, scale, causal)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+        ctx.scale, ctx.causal = scale, causal
+        return o
+
+    @staticmethod
+    def backward(ctx, do):  # type: ignore[no-untyped-def]
+        q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+        return (*backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.causal), None, None, None)

@@ -1,0 +1,43 @@
+"""Packed attention by csrc/attention/cpu.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from leantune_kernels.native import DTYPE_CODES, check_out, lib, refuses, rows
+
+__all__ = ["backward", "forward", "refuses"]
+
+
+def _view(x: torch.Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _result(out: torch.Tensor | None, like: torch.Tensor, name: str) -> torch.Tensor:
+    if out is None:
+        return torch.empty(like.shape, dtype=like.dtype)
+    if out.dtype != like.dtype:
+        raise ValueError(f"{name} has dtype {out.dtype}; it must have {like.dtype}")
+    return check_out(out, like, name)
+
+
+def forward(q, k, v, cu_seqlens, scale, causal, out=None):  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens = rows(q), rows(k), rows(v), cu_seqlens.contiguous()
+    o = _result(out, q, "out")
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    lib.attention_forward(
+        DTYPE_CODES[q.dtype], *_view(q), *_view(k), *_view(v), *_view(o), lse.data_ptr(),
+        cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, q.shape[1], k.shape[1], q.shape[2], scale, causal,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None):  # type: ignore[no-untyped-def]
+    do, q, k, v, o, cu_seqlens = rows(do), rows(q), rows(k), rows(v), rows(o), cu_seqlens.contiguous()
+    dq, dk, dv = _result(dq, q, "dq"), _result(dk, k, "dk"), _result(dv, v, "dv")
+    lib.attention_backward(
+        DTYPE_CODES[q.dtype], *_view(do), *_view(q), *_view(k), *_view(v), *_view(o), lse.data_ptr(),
+        *_view(dq), *_view(dk), *_view(dv),
+        cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, q.shape[1], k.shape[1], q.shape[2], scale, causal,
+    )  # fmt: skip
+    return dq, dk, dv
