@@ -53,10 +53,10 @@ PEERS = {
     "hf-tuned-ckpt": Peer("hf_peft.py", ("--tuned", "--gradient-checkpointing"), order="alike"),
     "leantune-full": Peer("leantune_run.py", ("--policy", "full")),
     "leantune": Peer("leantune_run.py", ("--policy", "selective")),
-    "dense-products": Peer("dense_products.py"),
+    "dense": Peer("dense_products.py"),
 }
 LOSS_REFERENCE = "hf"
-SPEED_REFERENCE = "dense-products"
+SPEED_REFERENCE = "dense"
 
 Runs = dict[str, list[dict[str, Any]]]  # peer name -> one report a round
 
@@ -174,13 +174,12 @@ def summarise(runs: Runs) -> dict[str, dict[str, float]]:
 
 def speed_rows(summary: dict[str, dict[str, float]]) -> list[list[str]]:
     """Header and rows of the table of speed and memory."""
-    rows = [["peer", "order", "tok/s", "range", "x hf", "x dense", "peak GB", "x hf", "1st step s"]]
+    rows = [["peer", "tok/s", "range", "/ hf", "/ dense", "GB", "/ hf", "warm-up s"]]
     for name, row in summary.items():
         memory = name != SPEED_REFERENCE  # its buffers are not what a training step needs
         rows.append(
             [
                 name,
-                PEERS[name].order,
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['slowest']:.0f}-{row['fastest']:.0f}",
                 f"{row['of_hf']:.2f}" if "of_hf" in row else "-",
@@ -197,7 +196,7 @@ def print_speed(summary: dict[str, dict[str, float]], console: Console) -> None:
     header, *rows = speed_rows(summary)
     table = Table(title="real tokens per second and peak resident memory", box=SIMPLE)
     for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column < 2 else "right", no_wrap=True)
+        table.add_column(name, justify="right" if column else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -208,7 +207,7 @@ def print_dense_share(runs: Runs, console: Console) -> None:
     reports = runs.get(SPEED_REFERENCE)
     if reports:
         share = median(sum(run["seconds"][1:]) / sum(run["engine_seconds"][1:]) for run in reports)
-        console.print(f"step by step in one process, the engine runs at {share:.2f} of the dense products' speed")
+        console.print(f"engine and dense products step by step in turns: {share:.2f} of their speed")
 
 
 def print_losses(runs: Runs, console: Console, *, every_step: bool) -> float:

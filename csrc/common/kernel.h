@@ -27,45 +27,45 @@ int fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3))
 // LT_DEFINE(rms_norm_forward, (const float *x, int64_t rows), (x, rows)) { body }
 // defines lt::<level>::rms_norm_forward and, once, the C function lt_rms_norm_forward.
 #if defined(LT_ENTRY_POINTS) && defined(LT_X86)
-#define LT_DEFINE(name, params, args)                                                                                  \
-    namespace lt {                                                                                                     \
-    namespace base {                                                                                                   \
-    int name params;                                                                                                   \
-    }                                                                                                                  \
-    namespace avx2 {                                                                                                   \
-    int name params;                                                                                                   \
-    }                                                                                                                  \
-    namespace avx512 {                                                                                                 \
-    int name params;                                                                                                   \
-    }                                                                                                                  \
-    }                                                                                                                  \
-    extern "C" LT_API int lt_##name params {                                                                           \
-        switch (lt::isa_in_use()) {                                                                                    \
-        case lt::ISA_AVX512:                                                                                           \
-            return lt::avx512::name args;                                                                              \
-        case lt::ISA_AVX2:                                                                                             \
-            return lt::avx2::name args;                                                                                \
-        default:                                                                                                       \
-            return lt::base::name args;                                                                                \
-        }                                                                                                              \
-    }                                                                                                                  \
+#define LT_DEFINE(name, params, args)        \
+    namespace lt {                           \
+    namespace base {                         \
+    int name params;                         \
+    }                                        \
+    namespace avx2 {                         \
+    int name params;                         \
+    }                                        \
+    namespace avx512 {                       \
+    int name params;                         \
+    }                                        \
+    }                                        \
+    extern "C" LT_API int lt_##name params { \
+        switch (lt::isa_in_use()) {          \
+        case lt::ISA_AVX512:                 \
+            return lt::avx512::name args;    \
+        case lt::ISA_AVX2:                   \
+            return lt::avx2::name args;      \
+        default:                             \
+            return lt::base::name args;      \
+        }                                    \
+    }                                        \
     int lt::base::name params
 #elif defined(LT_ENTRY_POINTS)
-#define LT_DEFINE(name, params, args)                                                                                  \
-    namespace lt {                                                                                                     \
-    namespace base {                                                                                                   \
-    int name params;                                                                                                   \
-    }                                                                                                                  \
-    }                                                                                                                  \
-    extern "C" LT_API int lt_##name params { return lt::base::name args; }                                             \
+#define LT_DEFINE(name, params, args)                                      \
+    namespace lt {                                                         \
+    namespace base {                                                       \
+    int name params;                                                       \
+    }                                                                      \
+    }                                                                      \
+    extern "C" LT_API int lt_##name params { return lt::base::name args; } \
     int lt::base::name params
 #else
-#define LT_DEFINE(name, params, args)                                                                                  \
-    namespace lt {                                                                                                     \
-    namespace LT_ISA {                                                                                                 \
-    int name params;                                                                                                   \
-    }                                                                                                                  \
-    }                                                                                                                  \
+#define LT_DEFINE(name, params, args) \
+    namespace lt {                    \
+    namespace LT_ISA {                \
+    int name params;                  \
+    }                                 \
+    }                                 \
     int lt::LT_ISA::name params
 #endif
 

@@ -172,10 +172,10 @@ openmp borrow_openmp() {
     return o;
 }
 
-openmp runtime;                     // set by lt_adopt_openmp, before any kernel runs
-std::atomic<int> threads_asked{0};  // 0: as many as the runtime or the machine offers
-thread_local bool inside = false;   // a body that calls a kernel runs it on its own thread
-pool *own_pool = nullptr;           // never freed: its threads may outlive static destructors
+openmp runtime;                    // set by lt_adopt_openmp, before any kernel runs
+std::atomic<int> threads_asked{0}; // 0: as many as the runtime or the machine offers
+thread_local bool inside = false;  // a body that calls a kernel runs it on its own thread
+pool *own_pool = nullptr;          // never freed: its threads may outlive static destructors
 std::once_flag own_pool_made;
 
 int processors() {

@@ -21,8 +21,7 @@ template <class T> float sum_of_squares(const T *x, int64_t cols) {
     return sum(a + b + tail * tail);
 }
 
-template <class T, class U>
-void scale_row(const T *x, const U *weight, float rstd, T *y, int64_t cols) {
+template <class T, class U> void scale_row(const T *x, const U *weight, float rstd, T *y, int64_t cols) {
     int64_t h = 0;
     for (; h + W <= cols; h += W)
         store(y + h, load(x + h) * rstd * load(weight + h));
@@ -96,8 +95,8 @@ LT_DEFINE(rms_norm_backward,
           (int dtype, const void *dy_, int64_t dy_stride, const void *x_, int64_t x_stride, int weight_dtype,
            const void *weight_, const float *rstd, const void *residual_, int64_t residual_stride, void *dx_,
            int64_t dx_stride, float *dweight, int64_t rows, int64_t cols),
-          (dtype, dy_, dy_stride, x_, x_stride, weight_dtype, weight_, rstd, residual_, residual_stride, dx_,
-           dx_stride, dweight, rows, cols)) {
+          (dtype, dy_, dy_stride, x_, x_stride, weight_dtype, weight_, rstd, residual_, residual_stride, dx_, dx_stride,
+           dweight, rows, cols)) {
     using namespace lt::LT_ISA;
     const int64_t partials = (rows + kRowsPerPartial - 1) / kRowsPerPartial;
     float *sums = nullptr;
@@ -124,8 +123,8 @@ LT_DEFINE(rms_norm_backward,
                     if (mine) // before dx is written: dx may be dy
                         add_weight_gradient(dy_row, x_row, rstd[t], mine, cols);
                     if (dx)
-                        backward_row(dy_row, x_row, weight, rstd[t], residual ? residual + t * residual_stride : nullptr,
-                                     dx + t * dx_stride, cols);
+                        backward_row(dy_row, x_row, weight, rstd[t],
+                                     residual ? residual + t * residual_stride : nullptr, dx + t * dx_stride, cols);
                 }
             });
             return (int)LT_OK;

@@ -10,8 +10,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kRowsPerPartial = 256; // as in cpu.cpp
 
 template <class T, class U>
-__global__ void __launch_bounds__(kThreads)
-    forward(const T *x, int64_t x_stride, const U *weight, T *y, int64_t y_stride, float *rstd, int64_t cols, float eps) {
+__global__ void __launch_bounds__(kThreads) forward(const T *x, int64_t x_stride, const U *weight, T *y,
+                                                    int64_t y_stride, float *rstd, int64_t cols, float eps) {
     const int64_t row = blockIdx.x;
     x += row * x_stride;
     y += row * y_stride;

@@ -87,11 +87,7 @@ def accept(
     floor = 4 * torch.finfo(dtype).eps
     for i, (value, own, exact) in enumerate(zip(values, yardstick, truth, strict=True)):
         if value.shape != exact.shape:
-            raise AssertionError(
-                f"{case.name}, result {i}: shape {tuple(value.shape)}, not {tuple(exact.shape)}"
-            )
+            raise AssertionError(f"{case.name}, result {i}: shape {tuple(value.shape)}, not {tuple(exact.shape)}")
         found, allowed = error(value, exact), factor * error(own, exact) + floor
         if not found <= allowed:
-            raise AssertionError(
-                f"{case.name}, {dtype}, result {i}: error {found:.3g}, allowed {allowed:.3g}"
-            )
+            raise AssertionError(f"{case.name}, {dtype}, result {i}: error {found:.3g}, allowed {allowed:.3g}")

@@ -188,9 +188,7 @@ def test_overwrite_never_deletes_other_things(tmp_path: Path, precious: str) -> 
 def test_leftovers_of_dead_processes_are_swept_and_no_others(tmp_path: Path) -> None:
     dead_file, dead_folder = tmp_path / leftover_name("a.json"), tmp_path / leftover_name("checkpoint-3")
     alive = tmp_path / leftover_name("b.json", pid=os.getppid())
-    elsewhere = tmp_path / leftover_name(
-        "c.json", host="00000000" if atomic._HOST != "00000000" else "11111111"
-    )
+    elsewhere = tmp_path / leftover_name("c.json", host="00000000" if atomic._HOST != "00000000" else "11111111")
     for path in (dead_file, alive, elsewhere):
         path.write_bytes(b"half")
     dead_folder.mkdir()
@@ -231,9 +229,7 @@ def test_restored_directory_still_needs_overwrite(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
-def test_failed_second_rename_puts_the_old_directory_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_second_rename_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out"
     target.mkdir()
     fill(target, "old")

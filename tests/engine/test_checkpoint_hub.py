@@ -107,9 +107,7 @@ def test_hub_ids(text: str) -> None:
         (ConnectionError(), "cannot download 'org/name'.*ConnectionError"),
     ],
 )
-def test_failures_name_the_model_and_the_fix(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
-) -> None:
+def test_failures_name_the_model_and_the_fix(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     answer(monkeypatch, error)
     with pytest.raises(CheckpointError, match=message) as caught:
         resolve("org/name")

@@ -192,9 +192,7 @@ def test_misreadings_of_other_loaders_are_named(tmp_path: Path, caplog: pytest.L
             alpha_pattern={"a": 1},
             rank_pattern={"b": 1},
         )
-    assert all(
-        word in caplog.text for word in ("use_rslora", "alpha_pattern", "rank_pattern", "vLLM", "llama.cpp")
-    )
+    assert all(word in caplog.text for word in ("use_rslora", "alpha_pattern", "rank_pattern", "vLLM", "llama.cpp"))
 
 
 def test_existing_directory(tmp_path: Path) -> None:
@@ -285,9 +283,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (f"{Q0}.lora_magnitude_vector", torch.ones(1), "unexpected tensor '.*lora_magnitude_vector'"),
     ],
 )
-def test_tensors_that_are_refused(
-    tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str
-) -> None:
+def test_tensors_that_are_refused(tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:
     path = write(tmp_path / "a", random_pairs({"q_proj": 4})) / "adapter_model.safetensors"
     tensors = {key: value.clone() for key, value in load_file(path).items()}
     tensors |= {name: tensor} if tensor is not None else {}

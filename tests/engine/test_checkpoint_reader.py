@@ -44,9 +44,7 @@ def shards(directory: Path, **edits: Any) -> Path:
     save_file({"a": torch.ones(2)}, directory / "model-00001-of-00002.safetensors")
     save_file({"b": torch.zeros(3)}, directory / "model-00002-of-00002.safetensors")
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"} | edits
-    (directory / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
 
 
@@ -130,9 +128,7 @@ def test_unaligned_tensors_are_copied(tmp_path: Path) -> None:
 
 def test_unknown_name_suggests_the_nearest(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"no tensor 'model\.norm\.wieght'; the nearest .*'model\.norm\.weight'"
-    ):
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.norm\.wieght'; the nearest .*'model\.norm\.weight'"):
         CheckpointReader(tmp_path).get("model.norm.wieght")
 
 
@@ -249,9 +245,7 @@ def test_sharded(tmp_path: Path) -> None:
 def test_missing_shard_is_named_with_its_size(tmp_path: Path) -> None:
     shards(tmp_path, c="model-00002-of-00002.safetensors")
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"missing shard model-00002-of-00002\.safetensors \(2 tensors\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing shard model-00002-of-00002\.safetensors \(2 tensors\)"):
         CheckpointReader(tmp_path)
 
 

@@ -84,9 +84,7 @@ def test_every_flipped_byte_of_the_tensors_is_found(tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[position] ^= 1
         (folder / TENSORS_NAME).write_bytes(damaged)
-        with pytest.raises(
-            CheckpointError, match=rf"{TENSORS_NAME} is damaged: .*delete .*checkpoint-1 to go on"
-        ):
+        with pytest.raises(CheckpointError, match=rf"{TENSORS_NAME} is damaged: .*delete .*checkpoint-1 to go on"):
             load_state(folder)
 
 

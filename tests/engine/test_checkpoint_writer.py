@@ -39,11 +39,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    specs=st.lists(
-        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)), max_size=6
-    )
-)
+@given(specs=st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)), max_size=6))
 def test_safetensors_reads_every_dtype_and_shape(tmp_path: Path, specs: list[tuple[str, list[int]]]) -> None:
     tensors = {f"t{i}": torch.ones(shape).to(DTYPES[dtype]) for i, (dtype, shape) in enumerate(specs)}
     save_tensors(tmp_path / "a.safetensors", tensors)
@@ -80,9 +76,7 @@ def test_views_and_aliases_are_written_whole(tmp_path: Path) -> None:
         'häßlich "\\': base,
     }
     save_tensors(tmp_path / "a.safetensors", iter(tensors.items()))
-    assert same(
-        load_file(tmp_path / "a.safetensors"), {n: t.detach().resolve_conj() for n, t in tensors.items()}
-    )
+    assert same(load_file(tmp_path / "a.safetensors"), {n: t.detach().resolve_conj() for n, t in tensors.items()})
 
 
 def test_metadata_and_bytes_are_those_of_the_library(tmp_path: Path) -> None:
@@ -150,9 +144,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
 
 
 def test_announcement_and_tensor_must_agree(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"'a' was announced as \[4\] torch.float32, but is \[3\] torch.float32"
-    ):
+    with pytest.raises(CheckpointError, match=r"'a' was announced as \[4\] torch.float32, but is \[3\] torch.float32"):
         save_sharded(tmp_path, [("a", 16, [4], torch.float32, lambda: torch.ones(3))])
     with pytest.raises(CheckpointError, match=r"'a' announces 15 bytes; \[4\] of torch.float32 needs 16"):
         save_sharded(tmp_path, [("a", 15, [4], torch.float32, lambda: torch.ones(4))])

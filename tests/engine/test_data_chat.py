@@ -23,9 +23,7 @@ from helpers_data import (
 from leantune import data
 from leantune.errors import ConfigError, DataError
 
-TWO_TURNS: dict[str, Any] = {
-    "messages": [user("hello"), assistant("how are you"), user("today?"), assistant("four")]
-}
+TWO_TURNS: dict[str, Any] = {"messages": [user("hello"), assistant("how are you"), user("today?"), assistant("four")]}
 
 
 def test_assistant_turns_with_their_end_are_trained() -> None:
@@ -108,9 +106,7 @@ def test_pairs_become_a_chat_with_an_optional_system() -> None:
 def test_fields_map_columns_to_names() -> None:
     fields = {"question": "prompt", "answer": "completion"}
     mapped = data.chat([{"question": "hello", "answer": "four", "id": 7}], tokenizer(), fields=fields)
-    assert (
-        mapped.fingerprint == data.chat([{"prompt": "hello", "completion": "four"}], tokenizer()).fingerprint
-    )
+    assert mapped.fingerprint == data.chat([{"prompt": "hello", "completion": "four"}], tokenizer()).fingerprint
 
 
 def test_tools_and_null_content_of_calls_reach_the_template() -> None:
@@ -204,9 +200,7 @@ def test_samples_are_compact_and_the_fingerprint_covers_tokens_and_masks() -> No
         dataset[2]
     assert dataset.stats.tokens == dataset.lengths.sum()
     assert dataset.stats.label_tokens == sum(int(s.label_mask.sum()) for s in dataset)
-    fingerprints = {
-        data.chat(records, tokenizer(), train_on=t).fingerprint for t in ("assistant", "last", "all")
-    }
+    fingerprints = {data.chat(records, tokenizer(), train_on=t).fingerprint for t in ("assistant", "last", "all")}
     assert len(fingerprints) == 3
     assert data.chat(records, tokenizer()).fingerprint == dataset.fingerprint
     assert data.chat(records[::-1], tokenizer()).fingerprint != dataset.fingerprint
@@ -215,6 +209,4 @@ def test_samples_are_compact_and_the_fingerprint_covers_tokens_and_masks() -> No
 def test_more_records_than_one_chunk_keep_their_order() -> None:
     records = [{"prompt": "hello", "completion": f"the answer {i}"} for i in range(1100)]
     dataset = data.chat(iter(records), tokenizer())
-    assert [trained_text(dataset, i) for i in (0, 600, 1099)] == [
-        f"the answer {i}<|im_end|>" for i in (0, 600, 1099)
-    ]
+    assert [trained_text(dataset, i) for i in (0, 600, 1099)] == [f"the answer {i}<|im_end|>" for i in (0, 600, 1099)]

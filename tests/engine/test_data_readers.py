@@ -160,9 +160,7 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
 
 
 def test_a_column_that_fields_names_must_be_there() -> None:
-    with pytest.raises(
-        DataError, match=r"records\[0\]: no column 'question' to map; the record has 'prompt'"
-    ):
+    with pytest.raises(DataError, match=r"records\[0\]: no column 'question' to map; the record has 'prompt'"):
         data.chat([GOOD], tokenizer(), fields={"question": "prompt"})
 
 

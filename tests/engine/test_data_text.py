@@ -101,9 +101,7 @@ def test_auto_keeps_the_first_record_of_an_iterator() -> None:
 
 
 def test_auto_names_what_it_cannot_use() -> None:
-    with pytest.raises(
-        DataError, match=r"records\[0\]: the record has 'answer', 'question'.*question=prompt"
-    ):
+    with pytest.raises(DataError, match=r"records\[0\]: the record has 'answer', 'question'.*question=prompt"):
         data.auto([{"question": "hello", "answer": "four"}], tokenizer())
     with pytest.raises(DataError, match="there is no record"):
         data.auto([], tokenizer())

@@ -286,7 +286,7 @@ def test_resume_gives_the_bits_of_the_uninterrupted_run(tiny_directory, data, tm
 @pytest.mark.parametrize("change", [{"rank": 8}, {"alpha": 8.0}, {"dropout": 0.5}, {"use_rslora": True}])
 def test_resume_with_another_adapter_is_refused(tiny_directory, data, tmp_path, change):
     first, second = lt.load(tiny_directory), lt.load(tiny_directory)
-    lt.LoRA(**{"rank": 4}).apply(first)
+    lt.LoRA(rank=4).apply(first)
     lt.LoRA(**{"rank": 4, **change}).apply(second)
     trainer(first, data, out=tmp_path / "run").fit(max_steps=1)
     with pytest.raises(lt.CheckpointError, match="it was trained with .*'rank': 4.*apply the same method"):

@@ -36,9 +36,7 @@ REPLACEABLE = (
 )
 
 _HOST = hashlib.blake2s(socket.gethostname().encode(), digest_size=4).hexdigest()
-_TEMPORARY = re.compile(
-    r"\.(?P<name>.+)\.leantune-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>tmp|old)"
-)
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.leantune-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>tmp|old)")
 _in_flight: set[Path] = set()  # temporary names that this process is writing now
 _RENAME_EXCHANGE = 2  # from <linux/fs.h>
 _AT_FDCWD = -100
@@ -74,9 +72,7 @@ def atomic_file(path: str | os.PathLike[str], *, nbytes: int = 0) -> Iterator[Bi
 
 
 @contextmanager
-def atomic_directory(
-    path: str | os.PathLike[str], *, overwrite: bool = False, nbytes: int = 0
-) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False, nbytes: int = 0) -> Iterator[Path]:
     """Fill a directory so that it appears under `path` all at once, when the block ends without an error.
 
     Args:

@@ -110,9 +110,7 @@ def parse_header(data: torch.Tensor, source: str) -> dict[str, TensorEntry]:
     return entries
 
 
-def build_header(
-    entries: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
-) -> bytes:
+def build_header(entries: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
     """Header of a file that holds the tensors (name, dtype, shape) in this order, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
@@ -145,9 +143,7 @@ def _check_metadata(metadata: object, source: str) -> None:
 
 def _parse_entry(value: object, start: int, source: str) -> TensorEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{source}: expected exactly dtype, shape and data_offsets; the header is damaged"
-        )
+        raise CheckpointError(f"{source}: expected exactly dtype, shape and data_offsets; the header is damaged")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(f"{source}: unknown dtype {value['dtype']!r}; known are {', '.join(DTYPES)}")
@@ -186,8 +182,7 @@ def _check_layout(entries: dict[str, TensorEntry], start: int, file_size: int, s
             raise CheckpointError(f"{source}: {name!r} {kind} {previous}; the header is damaged")
         if entry.end > file_size:
             raise CheckpointError(
-                f"{source}: truncated; {name!r} ends at byte {entry.end:,}, the file has {file_size:,}; "
-                "get it again"
+                f"{source}: truncated; {name!r} ends at byte {entry.end:,}, the file has {file_size:,}; get it again"
             )
         position, previous = entry.end, repr(name)
     if position != file_size:

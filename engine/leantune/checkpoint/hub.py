@@ -57,9 +57,7 @@ def _download(hub_id: str) -> Path:
             f"the hub has no model {hub_id!r} (or it is private), and there is no directory of that name; "
             "check the spelling, or log in with `hf auth login`"
         ) from error
-    except (
-        Exception
-    ) as error:  # the HTTP client differs between releases of the library, and so do its errors
+    except Exception as error:  # the HTTP client differs between releases of the library, and so do its errors
         first_line = next(iter(str(error).splitlines()), "")
         raise CheckpointError(
             f"cannot download {hub_id!r}, and there is no directory of that name: {type(error).__name__}: "

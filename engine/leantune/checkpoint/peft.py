@@ -254,9 +254,7 @@ def _check_pattern(patterns: object, name: str, source: str, whole: bool) -> Non
         try:
             re.compile(rf"(.*\.)?({key})$")
         except re.error as error:
-            raise CheckpointError(
-                f"{source}: {name} key {key!r} is no regular expression: {error}"
-            ) from error
+            raise CheckpointError(f"{source}: {name} key {key!r} is no regular expression: {error}") from error
 
 
 def _check_number(value: object, name: str, source: str, whole: bool = False) -> None:
@@ -273,9 +271,7 @@ def _check_tensors(adapter: AdapterFile, source: str) -> None:
     for module, pair in adapter.tensors.items():
         for part in ("lora_A", "lora_B"):
             if part not in pair:
-                raise CheckpointError(
-                    f"{source}: {_PREFIX}{module}.{part}.weight is missing, its partner is there"
-                )
+                raise CheckpointError(f"{source}: {_PREFIX}{module}.{part}.weight is missing, its partner is there")
             if pair[part].ndim != 2 or not pair[part].is_floating_point():
                 raise CheckpointError(
                     f"{source}: {part} of {module!r} is {list(pair[part].shape)} {pair[part].dtype}, "

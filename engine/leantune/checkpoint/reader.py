@@ -141,9 +141,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         # A shard lies beside its index: anything else could make us read any file of the machine.
         if not isinstance(file, str) or file != Path(file).name or "\\" in file or "\0" in file:
-            raise CheckpointError(
-                f"{index}: {name!r} is in {file!r}, which is not a plain file name; refused"
-            )
+            raise CheckpointError(f"{index}: {name!r} is in {file!r}, which is not a plain file name; refused")
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{index}: {name!r} is in {file!r}, which is not a .safetensors file")
     return weight_map

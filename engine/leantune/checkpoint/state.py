@@ -30,9 +30,7 @@ _DIRECTORY = re.compile(r"checkpoint-(\d+)")
 _BLOCK_BYTES = 1 << 20
 
 
-def save_state(
-    directory: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
-) -> None:
+def save_state(directory: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
     """Write a training state atomically; an earlier state of the same name is replaced.
 
     Args:
@@ -121,8 +119,7 @@ def _check_meta(meta: Mapping[str, Any], folder: Path) -> None:
     for key, value in meta.items():
         if returned.get(key) != value:
             raise CheckpointError(
-                f"cannot write {folder}: JSON would change meta[{key!r}]; use lists for tuples and strings "
-                "for keys"
+                f"cannot write {folder}: JSON would change meta[{key!r}]; use lists for tuples and strings for keys"
             )
 
 
@@ -145,9 +142,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     size = tensors.stat().st_size if tensors.is_file() else None
     if size != record["bytes"]:
         found = "missing" if size is None else f"{size:,} bytes long"
-        raise CheckpointError(
-            f"{tensors} is {found}, {META_NAME} says {record['bytes']:,} bytes; it is damaged"
-        )
+        raise CheckpointError(f"{tensors} is {found}, {META_NAME} says {record['bytes']:,} bytes; it is damaged")
     return record
 
 

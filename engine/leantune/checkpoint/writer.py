@@ -43,9 +43,7 @@ def save_tensors(
     """
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     pending = [
-        PendingTensor(
-            name, tensor.numel() * tensor.element_size(), tuple(tensor.shape), tensor.dtype, _as(tensor)
-        )
+        PendingTensor(name, tensor.numel() * tensor.element_size(), tuple(tensor.shape), tensor.dtype, _as(tensor))
         for name, tensor in pairs
     ]
     _check_pending(pending, str(path))
@@ -54,9 +52,7 @@ def save_tensors(
 
 def save_sharded(
     directory: str | os.PathLike[str],
-    tensors: Iterable[
-        PendingTensor | tuple[str, int, Sequence[int], torch.dtype, Callable[[], torch.Tensor]]
-    ],
+    tensors: Iterable[PendingTensor | tuple[str, int, Sequence[int], torch.dtype, Callable[[], torch.Tensor]]],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[Path]:
     """Write a checkpoint under Hugging Face's names, with one tensor in memory at a time.
@@ -116,9 +112,7 @@ def _check_pending(pending: Sequence[PendingTensor], target: str) -> None:
             why = "is given twice" if name in seen else "is reserved by the format"
             raise CheckpointError(f"cannot write {target}: the tensor name {name!r} {why}")
         if dtype not in DTYPE_NAMES:
-            raise CheckpointError(
-                f"cannot write {target}: {name!r} is {dtype}, which safetensors cannot hold"
-            )
+            raise CheckpointError(f"cannot write {target}: {name!r} is {dtype}, which safetensors cannot hold")
         if nbytes != prod(shape) * dtype.itemsize:
             raise CheckpointError(
                 f"cannot write {target}: {name!r} announces {nbytes} bytes; {list(shape)} of {dtype} needs "

@@ -124,9 +124,7 @@ def _fill(
         yield batch
 
 
-def _check_plan(
-    batch_size: int | None, batch_tokens: int | None, accumulation: int, seed: int, epoch: int
-) -> None:
+def _check_plan(batch_size: int | None, batch_tokens: int | None, accumulation: int, seed: int, epoch: int) -> None:
     if batch_size is None and batch_tokens is None:
         raise ConfigError("neither batch_size nor batch_tokens is given; set at least one")
     for name, value in (

@@ -48,9 +48,7 @@ class _Encoder:
     unlabelled: int = 0
     dropped: int = 0
 
-    def encode(
-        self, prepared: list[_Prepared], numbers: list[int], at: Callable[[int], str]
-    ) -> Iterator[Draft]:
+    def encode(self, prepared: list[_Prepared], numbers: list[int], at: Callable[[int], str]) -> Iterator[Draft]:
         encoded = self.tokenizer.encode_batch([p.text for p in prepared], prepared[0].standalone)
         for item, (ids, offsets), number in zip(prepared, encoded, numbers, strict=True):
             try:
@@ -88,9 +86,7 @@ class _Encoder:
             self.dropped += 1
             return None
         # Copies, so that the part cut off does not stay in memory.
-        return Draft(
-            draft.ids[:n].copy(), draft.mask[:n].copy(), draft.roles[:n].copy(), draft.number, truncated=True
-        )
+        return Draft(draft.ids[:n].copy(), draft.mask[:n].copy(), draft.roles[:n].copy(), draft.number, truncated=True)
 
     def _one_start(self, ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Drop the tokenizer's start token where the text brings its own."""
@@ -98,9 +94,7 @@ class _Encoder:
             return ids[1:], offsets[1:]
         return ids, offsets
 
-    def _labels(
-        self, item: _Prepared, ids: np.ndarray, offsets: np.ndarray, special: np.ndarray
-    ) -> np.ndarray:
+    def _labels(self, item: _Prepared, ids: np.ndarray, offsets: np.ndarray, special: np.ndarray) -> np.ndarray:
         mask = np.zeros(len(ids), dtype=bool)
         closings = set(offsets[special, 1].tolist())
         for start, end in item.labels:
@@ -248,9 +242,7 @@ def auto(
         prepare = _chat(tokenizer, train_on)
     elif pair or "text" in keys:
         if train_on != "assistant":
-            raise ConfigError(
-                f"train_on={train_on!r} is for chat data, and {records.name} has none; leave it out"
-            )
+            raise ConfigError(f"train_on={train_on!r} is for chat data, and {records.name} has none; leave it out")
         prepare = _prepare_pair if pair else _prepare_text
     else:
         raise DataError(
@@ -308,8 +300,7 @@ def _build(
         empty = False
         places = [records.at(number) for number, _ in chunk]
         prepared = [
-            prepare(rename(record, fields, where), where)
-            for (_, record), where in zip(chunk, places, strict=True)
+            prepare(rename(record, fields, where), where) for (_, record), where in zip(chunk, places, strict=True)
         ]
         drafts += encoder.encode(prepared, [number for number, _ in chunk], records.at)
     if empty:
@@ -317,8 +308,7 @@ def _build(
     if not drafts:
         what = "keeps a label token within" if on_long == "truncate" else "fits in"
         raise DataError(
-            f"{records.name}: none of {encoder.dropped} samples {what} max_length={max_length} "
-            "tokens; raise max_length"
+            f"{records.name}: none of {encoder.dropped} samples {what} max_length={max_length} tokens; raise max_length"
         )
     source = (records.name, records.by_line)
     return assemble(drafts, tokenizer, encoder.role_names, source, encoder.unlabelled, encoder.dropped)

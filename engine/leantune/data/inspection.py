@@ -117,9 +117,7 @@ def _summary(dataset: Dataset, batch: PackedBatch) -> "Text":
         sample = dataset[index]
         cut = ", truncated" if sample.truncated else ""
         labels = int(sample.label_mask.sum())
-        summary.append(
-            f"segment {segment}: sample {index} from {sample.source}: {_share(labels, len(sample))}{cut}\n"
-        )
+        summary.append(f"segment {segment}: sample {index} from {sample.source}: {_share(labels, len(sample))}{cut}\n")
     stats = dataset.stats
     summary.append(f"batch: {_share(batch.label_tokens, batch.tokens)}\n")
     summary.append(

@@ -52,8 +52,7 @@ def open_records(source: Source) -> Records:
         )
     if isinstance(source, bytes) or not isinstance(source, Iterable):
         raise DataError(
-            f"data source is a {type(source).__name__}; pass a file path, a list of dicts, "
-            "or another iterable of dicts"
+            f"data source is a {type(source).__name__}; pass a file path, a list of dicts, or another iterable of dicts"
         )
     return Records("records", False, _items("records", source))
 
@@ -168,9 +167,7 @@ def _parquet(path: Path) -> Numbered:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise DataError(
-            f"{path.name}: reading Parquet needs pyarrow; pip install 'leantune[data]'"
-        ) from error
+        raise DataError(f"{path.name}: reading Parquet needs pyarrow; pip install 'leantune[data]'") from error
     number = 0
     try:
         with ParquetFile(path) as file:

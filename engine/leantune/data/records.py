@@ -64,9 +64,7 @@ def as_messages(record: Record, where: str) -> tuple[list[Message], list[Any] | 
 
 def _messages(value: Any, where: str) -> list[Message]:
     if not isinstance(value, (list, tuple)):
-        raise DataError(
-            f"{where}: 'messages' is {_type(value)}; it must be a list of {{role, content}} objects"
-        )
+        raise DataError(f"{where}: 'messages' is {_type(value)}; it must be a list of {{role, content}} objects")
     if not value:
         raise DataError(f"{where}: 'messages' is empty; write at least a user and an assistant message")
     return [_message(message, f"{where}: messages[{i}]") for i, message in enumerate(value)]

@@ -62,9 +62,7 @@ class _Turns:
         )
 
 
-def render_chat(
-    tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None, train_on: TrainOn
-) -> Chat:
+def render_chat(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None, train_on: TrainOn) -> Chat:
     """Render messages once whole, and in part as often as the spans need.
 
     Raises DataError when the template fails or its turns cannot be told apart.

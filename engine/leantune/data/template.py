@@ -63,9 +63,7 @@ class ChatTemplate:
             try:
                 for chunk in self._template.generate(**variables):
                     env.write(chunk)
-            except (
-                Exception
-            ) as error:  # foreign code: any failure of it is a fault of the template or the data
+            except Exception as error:  # foreign code: any failure of it is a fault of the template or the data
                 raise DataError(f"the chat template failed: {_reason(error)}") from error
             text, spans = "".join(env.chunks), list(env.spans)
         for start, block in spans:
@@ -159,9 +157,7 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _check_name(name: str) -> None:

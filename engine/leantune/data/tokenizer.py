@@ -106,14 +106,11 @@ class Tokenizer:
         encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
 
-    def encode_batch(
-        self, texts: Sequence[str], add_special_tokens: bool
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids int32 [n], offsets int64 [n, 2]) of each text, encoded in parallel."""
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [
-            (np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2))
-            for e in encodings
+            (np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)) for e in encodings
         ]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -223,9 +220,7 @@ class Tokenizer:
     def _template(self, tools: Sequence[Any] | None) -> "ChatTemplate":
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         if name not in self.templates:
-            others = (
-                f" under the name 'default' (it has {', '.join(self.templates)})" if self.templates else ""
-            )
+            others = f" under the name 'default' (it has {', '.join(self.templates)})" if self.templates else ""
             raise DataError(
                 f"the tokenizer has no chat template{others}; use the checkpoint's instruct version, add a "
                 "chat_template.jinja to its directory, or train on prompt and completion without a template"

@@ -16,7 +16,7 @@ class Full:
     name = "full"
 
     def apply(self, model: Decoder) -> Decoder:
-        """Makes every parameter trainable. Weights leave the checkpoint's memory map the first time they are written."""
+        """Makes every parameter trainable; a weight leaves the checkpoint's memory map when it is first written."""
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.float32)
             parameter.requires_grad_(True)

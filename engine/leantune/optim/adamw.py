@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+
 from leantune_kernels.adamw import AdamWTable
 from leantune_kernels.grad_norm import clip_factor, grad_norm
 

@@ -19,9 +19,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     Statistics and sums are fp32. Raises ValueError for a weight that does not fit.
     """
     if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; x with shape {tuple(x.shape)} needs [{x.shape[-1]}]"
-        )
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; x with shape {tuple(x.shape)} needs [{x.shape[-1]}]")
     return _RMSNorm.apply(x, weight, eps)
 
 
