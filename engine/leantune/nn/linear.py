@@ -149,19 +149,26 @@ class LinearGroup:
         self, x: torch.Tensor, dy: torch.Tensor, needed: Sequence[bool], batch: Packed
     ) -> Gradients:
         """Gradients of `tensors()`, None where `needed` says so. x [T, in_features], dy [T, out_features]."""
-        gradients: Gradients = []
+        gradients: Gradients = [None] * len(needed)
+        sharing: list[tuple[int, low_rank.Adapter]] = []  # updates that read x itself: one pass over it serves all
         for i, (linear, columns) in enumerate(self.columns(dy)):
-            weight, bias, a, b = needed[4 * i : 4 * i + 4]
-            gradients.append(torch.mm(columns.t(), x) if weight else None)
-            gradients.append(columns.sum(0) if bias else None)
+            weight, bias, *factors = needed[4 * i : 4 * i + 4]
+            gradients[4 * i] = torch.mm(columns.t(), x) if weight else None
+            gradients[4 * i + 1] = columns.sum(0) if bias else None
             lora = linear.update
-            if (a or b) and lora is not None:
-                source = _dropped(x, linear, batch) if _masked(lora, batch) else x
-                da, db = low_rank.gradients(source, columns, lora.A, lora.B, lora.scale)
-                gradients += [da if a else None, db if b else None]
+            if lora is None or not any(factors):
+                continue
+            if _masked(lora, batch):
+                dropped = _dropped(x, linear, batch)
+                pair = low_rank.gradients(dropped, columns, lora.A, lora.B, lora.scale)
+                gradients[4 * i + 2 : 4 * i + 4] = pair
             else:
-                gradients += [None, None]
-        return gradients
+                sharing.append((4 * i + 2, low_rank.Adapter(columns, lora.A, lora.B, lora.scale)))
+        if sharing:
+            pairs = low_rank.gradients_group(x, [adapter for _, adapter in sharing])
+            for (at, _), pair in zip(sharing, pairs, strict=True):
+                gradients[at : at + 2] = pair
+        return [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
 
     def _weight(self, x: torch.Tensor, batch: Packed) -> tuple[Buffer | None, torch.Tensor | None, Sequence[Linear]]:
         """(loan, one weight for the whole group or None, layers whose update is still to be added).
