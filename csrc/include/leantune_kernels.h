@@ -154,6 +154,8 @@ LT_API int lt_low_rank_add(int dtype, const void *x, int64_t x_stride, const flo
  * `stream` is a cudaStream_t; the result is 0 or the cudaError_t of the launch. `partials` is device scratch of
  * ceil(rows / 256) * cols floats, needed with dweight.
  */
+LT_API const char *lt_cuda_error_string(int status);
+
 LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight,
                                     void *y, int64_t y_stride, float *rstd, int64_t rows, int64_t cols, float eps,
                                     void *stream);

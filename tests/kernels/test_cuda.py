@@ -1,0 +1,51 @@
+"""The CUDA part: what can be shown without a device, and what runs where there is one."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from leantune_kernels import cuda, testing
+from leantune_kernels.dispatch import Op
+from leantune_kernels.rms_norm import cases
+
+HEADER = Path(__file__).parent.parent.parent / "csrc" / "include" / "leantune_kernels.h"
+built = pytest.mark.skipif(cuda.library() is None, reason="built without nvcc")
+
+
+def test_without_a_device_the_reason_is_given():
+    reason = Op("leantune_kernels.rms_norm").refusal("cuda", torch.empty(0))
+    assert reason == ("device is cpu" if cuda.library() else "the package was built without nvcc")
+
+
+@built
+def test_the_library_exports_what_the_header_declares():
+    declared = re.findall(r"(lt_cuda_\w+)\(", HEADER.read_text())
+    assert declared and all(hasattr(cuda.library(), name) for name in declared)
+    assert b"invalid argument" in cuda.library().lt_cuda_error_string(1)
+
+
+@built
+def test_machine_code_for_each_architecture_is_inside():
+    from shutil import which
+
+    tool = which("cuobjdump")
+    if tool is None:
+        pytest.skip("cuobjdump is not installed")
+    listing = subprocess.run([tool, "--list-elf", cuda.library()._name], capture_output=True, text=True, check=True)
+    assert {"sm_80", "sm_90", "sm_100"} <= set(re.findall(r"sm_\d+", listing.stdout))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_on_a_device(case, dtype, monkeypatch):
+    monkeypatch.setenv("LEANTUNE_IMPL", "cuda")
+
+    def on_device(**inputs):
+        moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return cases.function(**moved).cpu()
+
+    testing.accept(case, dtype, on_device, cases.plain)
