@@ -348,6 +348,7 @@ class Trainer:
         return {
             "step": self.step,
             "total_steps": self._total,
+            "threads": torch.get_num_threads(),
             "optimizer_steps": self.optimizer.steps,
             "model": _fingerprint(self.model),
             "method": _described(self.model.method),
@@ -381,6 +382,11 @@ class Trainer:
                     f"{path}: it was made with {name}={value!r}, this run has {mine['settings'].get(name)!r}; "
                     f"resume with the same {name}"
                 )
+        if meta["threads"] != mine["threads"]:
+            self._display.note(
+                f"the run used {meta['threads']} threads, now it is {mine['threads']}: the vendor's products may round "
+                "differently, so the bits can differ from those of a run left alone"
+            )
         with torch.no_grad():
             for name, p in self.optimizer.parameters.items():
                 p.copy_(tensors[f"parameter.{name}"])
