@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -29,6 +30,15 @@ if X86:
     LEVELS["avx2"] = ["-march=x86-64-v3"]
     LEVELS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+class BuildPython(build_py):
+    """Ships the C interface inside the package; an editable install has it in csrc/include."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree(str(CSRC / "include"), str(Path(self.build_lib) / "leantune_kernels" / "include"))
 
 
 class BuildKernels(build_ext):
@@ -108,5 +118,5 @@ setup(
         Extension("leantune_kernels._native", sources=[]),
         Extension("leantune_kernels._cuda", sources=[], optional=True),  # not a Python module: loaded by address
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
 )

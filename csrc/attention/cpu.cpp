@@ -39,8 +39,7 @@ template <class T> struct view {
     T *at(int64_t token, int64_t head) const { return data + token * stride + head * head_stride; }
 };
 
-// ---- items of work
-// ----------------------------------------------------------------------------------------------------
+// ---- items of work -------------------------------------------------------------------------------------------------
 
 struct item {
     int64_t cost;
@@ -86,8 +85,7 @@ struct carver {
     }
 };
 
-// ---- softmax of a block
-// -----------------------------------------------------------------------------------------------
+// ---- softmax of a block --------------------------------------------------------------------------------------------
 
 // e^x for x <= 0 to about 1 ulp (the polynomial of vexp in simd.h); 0 below -87.3, NaN stays NaN.
 LT_INLINE vf exp_of_negative(vf x) {
@@ -181,8 +179,7 @@ void softmax_gradient(float *s, float *dp, int64_t keys, int64_t lanes, int64_t 
     }
 }
 
-// ---- products of a block, leaving out what lies above the diagonal
-// ------------------------------------------------------
+// ---- products of a block, leaving out what lies above the diagonal -------------------------------------------------
 
 // S[key, row] = sum_d K[key, d] * QT[d, row]
 void scores(const float *k, const float *qt, int64_t keys, int64_t lanes, int64_t dim, int64_t ld, int64_t diagonal,
@@ -213,8 +210,7 @@ void keys_from_rows(const float *s, const float *grad, int64_t keys, int64_t row
     }
 }
 
-// ---- forward
-// ----------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
 // One block of query rows in all heads of a group.
 struct forward_scratch {
@@ -267,8 +263,7 @@ void forward_item(const problem &p, const item &w, view<const T> q, view<const T
     }
 }
 
-// ---- backward
-// ---------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
 template <class T> struct gradients {
     view<const T> grad, q, k, v, o;

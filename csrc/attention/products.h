@@ -68,8 +68,7 @@ void strip(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t dep
     }
 }
 
-// ---- packing
-// ----------------------------------------------------------------------------------------------------------
+// ---- packing -------------------------------------------------------------------------------------------------------
 
 // [rows, dim] of any storage type, times factor, to fp32 rows of `ld` elements; zeros beyond dim and up to `padded`
 // rows.

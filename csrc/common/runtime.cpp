@@ -1,7 +1,11 @@
 // Instruction level, errors and threads: the parts of the library that every kernel shares. Compiled once, plain.
 #include <dlfcn.h>
 #include <link.h>
+#include <pthread.h>
 #include <sched.h>
+#if defined(LT_X86)
+#include <cpuid.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -9,9 +13,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
-#include <vector>
 
 #include "kernel.h"
 
@@ -31,17 +36,42 @@ int fail(int code, const char *format, ...) {
 
 // ---- instruction level ----------------------------------------------------------------------------------------------
 
-static int isa_of_processor() {
 #if defined(LT_X86)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-        return ISA_AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return ISA_AVX2;
-#endif
-    return ISA_BASE;
+
+// All that -march=x86-64-v3 lets the compiler use beyond plain x86-64. A virtual machine may hide any one of them.
+static bool has_x86_64_v3() {
+    // Bits of CPUID that __builtin_cpu_supports cannot name in every compiler.
+    constexpr unsigned kCmpxchg16b = 1u << 13, kMovbe = 1u << 22, kLahf = 1u << 0, kLzcnt = 1u << 5;
+    constexpr unsigned kBasic = kCmpxchg16b | kMovbe, kExtended = kLahf | kLzcnt;
+    unsigned a, b, basic, extended, d;
+    if (!__get_cpuid(1, &a, &b, &basic, &d) || !__get_cpuid(0x80000001u, &a, &b, &extended, &d))
+        return false;
+    return (basic & kBasic) == kBasic && (extended & kExtended) == kExtended && __builtin_cpu_supports("sse3") &&
+           __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1") && __builtin_cpu_supports("sse4.2") &&
+           __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") &&
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
 }
+
+// What -march=x86-64-v4 adds.
+static bool adds_x86_64_v4() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+
+static int isa_of_processor() {
+    __builtin_cpu_init();
+    if (!has_x86_64_v3())
+        return ISA_BASE;
+    return adds_x86_64_v4() ? ISA_AVX512 : ISA_AVX2;
+}
+
+#else
+
+static int isa_of_processor() { return ISA_BASE; }
+
+#endif
 
 static const char *const isa_names[] = {"base", "avx2", "avx512"};
 
@@ -75,6 +105,8 @@ int isa_in_use() {
 
 namespace {
 
+thread_local bool inside = false; // a body that calls a kernel runs it on its own thread
+
 struct job {
     chunk_body body;
     void *context;
@@ -88,14 +120,14 @@ struct job {
 };
 
 class pool {
-    std::vector<std::thread> workers;
     std::mutex mutex;
     std::condition_variable wake, done;
     job *current = nullptr;
     uint64_t generation = 0;
-    int wanted = 0, running = 0;
+    int workers = 0, wanted = 0, running = 0;
 
     void work(int thread) {
+        inside = true;
         uint64_t seen = 0;
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
@@ -112,20 +144,28 @@ class pool {
         }
     }
 
+    // Starts workers until there are `number`, or as many as the system grants.
+    void hire(int number) {
+        try {
+            for (; workers < number; ++workers) {
+                const int thread = workers + 1;
+                std::thread([this, thread] { work(thread); }).detach();
+            }
+        } catch (const std::exception &) {
+            return; // no more threads to be had: the ones there are share the chunks
+        }
+    }
+
   public:
     std::mutex turn; // one parallel region at a time
 
     void run(job &j, int threads) {
         {
             std::lock_guard<std::mutex> lock(mutex);
-            while ((int)workers.size() < threads - 1) {
-                const int thread = (int)workers.size() + 1;
-                workers.emplace_back([this, thread] { work(thread); });
-                workers.back().detach();
-            }
+            hire(threads - 1);
+            wanted = threads - 1 < workers ? threads : workers + 1;
             current = &j;
-            wanted = threads;
-            running = threads - 1;
+            running = wanted - 1;
             ++generation;
         }
         wake.notify_all();
@@ -145,38 +185,65 @@ struct openmp {
     int (*in_parallel)() = nullptr;
 };
 
-int find_openmp(dl_phdr_info *info, size_t, void *found) {
+// The four functions as a search of `scope` finds them, provided that one library has them all.
+bool take_openmp(void *scope, openmp *o) {
+    void *const functions[] = {dlsym(scope, "GOMP_parallel"), dlsym(scope, "omp_get_thread_num"),
+                               dlsym(scope, "omp_get_max_threads"), dlsym(scope, "omp_in_parallel")};
+    Dl_info home = {}, other;
+    for (void *function : functions) {
+        if (!function || !dladdr(function, &other) || (home.dli_fbase && home.dli_fbase != other.dli_fbase))
+            return false;
+        home = other;
+    }
+    snprintf(o->name, sizeof o->name, "%s", home.dli_fname);
+    o->parallel = reinterpret_cast<decltype(o->parallel)>(functions[0]);
+    o->thread_num = reinterpret_cast<decltype(o->thread_num)>(functions[1]);
+    o->max_threads = reinterpret_cast<decltype(o->max_threads)>(functions[2]);
+    o->in_parallel = reinterpret_cast<decltype(o->in_parallel)>(functions[3]);
+    return true;
+}
+
+int take_by_name(dl_phdr_info *info, size_t, void *found) {
     const char *path = info->dlpi_name ? info->dlpi_name : "";
     const char *slash = strrchr(path, '/');
     const char *file = slash ? slash + 1 : path;
     if (strncmp(file, "libgomp", 7) && strncmp(file, "libiomp5", 8) && strncmp(file, "libomp.", 7) &&
         strncmp(file, "libomp-", 7))
         return 0;
-    openmp *o = static_cast<openmp *>(found);
-    snprintf(o->name, sizeof o->name, "%s", path);
-    return 1;
+    void *library = dlopen(path, RTLD_NOLOAD | RTLD_LAZY);
+    return library && take_openmp(library, static_cast<openmp *>(found));
 }
 
+// PyTorch's own where PyTorch is loaded, however many others came first (scikit-learn's wheel brings one, too): its
+// symbols were bound by searching the global scope and then its dependencies, so the same search finds the same
+// runtime. Without PyTorch it is the first by name.
 openmp borrow_openmp() {
     openmp o;
-    if (!dl_iterate_phdr(find_openmp, &o))
+    void *torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+    if (take_openmp(RTLD_DEFAULT, &o) || (torch && take_openmp(torch, &o)))
         return o;
-    if (void *library = dlopen(o.name, RTLD_NOLOAD | RTLD_LAZY)) {
-        o.parallel = reinterpret_cast<decltype(o.parallel)>(dlsym(library, "GOMP_parallel"));
-        o.thread_num = reinterpret_cast<decltype(o.thread_num)>(dlsym(library, "omp_get_thread_num"));
-        o.max_threads = reinterpret_cast<decltype(o.max_threads)>(dlsym(library, "omp_get_max_threads"));
-        o.in_parallel = reinterpret_cast<decltype(o.in_parallel)>(dlsym(library, "omp_in_parallel"));
-    }
-    if (!o.parallel || !o.thread_num || !o.max_threads || !o.in_parallel)
-        return openmp();
+    dl_iterate_phdr(take_by_name, &o);
     return o;
 }
 
-openmp runtime;                    // set by lt_adopt_openmp, before any kernel runs
-std::atomic<int> threads_asked{0}; // 0: as many as the runtime or the machine offers
-thread_local bool inside = false;  // a body that calls a kernel runs it on its own thread
-pool *own_pool = nullptr;          // never freed: its threads may outlive static destructors
-std::once_flag own_pool_made;
+openmp runtime;                        // set by lt_adopt_openmp, before any kernel runs
+std::atomic<int> threads_asked{0};     // 0: as many as the runtime or the machine offers
+std::atomic<pool *> own_pool{nullptr}; // never freed: its threads may outlive static destructors
+
+// A child process has none of the pool's threads, and perhaps a mutex that one of them held: it makes a new pool.
+const int fork_is_watched = pthread_atfork(nullptr, nullptr, [] { own_pool.store(nullptr); });
+
+// Null when memory is short. Takes no lock, which a fork in another thread could leave locked for ever.
+pool *pool_of_our_own() {
+    pool *present = own_pool.load();
+    if (present)
+        return present;
+    pool *made = new (std::nothrow) pool;
+    if (own_pool.compare_exchange_strong(present, made))
+        return made;
+    delete made; // another thread was first; no worker has started here
+    return present;
+}
 
 int processors() {
     cpu_set_t set;
@@ -202,7 +269,8 @@ void parallel_chunks(int64_t chunks, chunk_body body, void *context) {
     if (threads > chunks)
         threads = (int)chunks;
     const bool nested = inside || (runtime.parallel && runtime.in_parallel());
-    if (threads == 1 || nested) {
+    pool *const own = threads == 1 || nested || runtime.parallel ? nullptr : pool_of_our_own();
+    if (threads == 1 || nested || !(runtime.parallel || own)) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
             body(context, chunk, 0);
         return;
@@ -215,10 +283,9 @@ void parallel_chunks(int64_t chunks, chunk_body body, void *context) {
         runtime.parallel([](void *p) { static_cast<job *>(p)->run(runtime.thread_num()); }, &j, (unsigned)threads, 0);
         return;
     }
-    std::call_once(own_pool_made, [] { own_pool = new pool; });
-    std::lock_guard<std::mutex> turn(own_pool->turn);
+    std::lock_guard<std::mutex> turn(own->turn);
     inside = true;
-    own_pool->run(j, threads);
+    own->run(j, threads);
     inside = false;
 }
 

@@ -21,8 +21,9 @@ class TrainConfig:
     lr: peak learning rate. batch_size: sequences in one micro-batch at most. batch_tokens: tokens in one micro-batch at
     most (default 2048 if neither is given). accumulation: micro-batches per optimizer step. schedule: constant, linear
     or cosine, after warmup (steps, or a fraction of all steps if below 1). max_grad_norm: gradients are scaled down to
-    this norm; None or 0 never. eval_every, save_every: steps. keep: checkpoints that stay in `out`. policy: what is
-    kept for the backward pass (all, selective, full). out: directory for metrics, curve and checkpoints.
+    this norm; None or 0 never. eval_every, save_every: steps; without save_every a run with `out` is saved at the end
+    of an epoch and every ten minutes. keep: checkpoints that stay in `out`. policy: what is kept for the backward pass
+    (all, selective, full). out: directory for metrics, curve and checkpoints.
     """
 
     lr: float = 2e-4

@@ -62,17 +62,19 @@ class Bar:
             TimeRemainingColumn,
         )
 
-        self._progress = Progress(
-            TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+        self._new = lambda: Progress(
+            TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[summary]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=Console(stderr=True),
         )  # fmt: skip
+        self._progress = self._new()
         self._task: Any = None
         self._rate = 0.0
 
     def start(self, total: int, done: int) -> None:
-        if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task("training", total=total, completed=done, summary="")
+        self._progress = self._new()  # one that was stopped cannot go on
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=total, completed=done, summary="")
 
     def step(self, row: dict[str, Any]) -> None:
         rate = row["tokens_per_second"]

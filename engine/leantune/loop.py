@@ -27,8 +27,12 @@ from leantune.evaluate import check_fits, evaluate
 from leantune.nn import Decoder
 from leantune.optim import AdamW, Schedule
 
-# Settings that may differ between a run and its resumption: they do not change what a step computes.
+# Settings that may differ between a run and its resumption: these do not change what a step computes,
 _FREE = ("eval_every", "save_every", "keep", "out", "policy")
+# and these do, in a way one may want after looking at the loss; the change is noted.
+_NOTED = ("lr", "schedule", "warmup", "weight_decay", "max_grad_norm")
+# Without save_every, a checkpoint is written at the end of an epoch and whenever so many seconds have passed.
+_SAVE_SECONDS = 600.0
 
 
 class TrainingInterrupted(TrainingError):
@@ -91,6 +95,8 @@ class Trainer:
             check_fits(model, eval_data)
         elif self.config.eval_every is not None:
             raise ConfigError(f"eval_every={self.config.eval_every} needs eval_data")
+        if any(linear.base is not None for linear in model.updated()):
+            raise ConfigError("the adapter is merged into the weights; call model.unmerge() before training it")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ConfigError("no parameter is trainable; apply a method first, such as leantune.LoRA().apply(model)")
@@ -98,6 +104,12 @@ class Trainer:
         if half:
             raise ConfigError(f"{half[0]} is trainable in {trainable[half[0]].dtype}; convert it to float32 first")
         c = self.config
+        longest = int(data.lengths.argmax())
+        if c.batch_tokens is not None and data.lengths[longest] > c.batch_tokens:
+            raise DataError(
+                f"{data[longest].source} has {data.lengths[longest]} tokens and batch_tokens={c.batch_tokens}; "
+                "raise batch_tokens or lower max_length"
+            )
         self.optimizer = AdamW(trainable, c.betas, c.eps, c.weight_decay)
         self.step = 0  # optimizer steps done
         self.history: list[StepLog] = []
@@ -105,9 +117,10 @@ class Trainer:
         self._display = display.choose(progress)
         self._last_eval: float | None = None
         self._stop_asked = False
-        self._total = 0
-        self._resumed_total: int | None = None
-        self._steps_per_epoch: dict[int, list[Step]] = {}
+        self._total = 0  # steps planned for the run
+        self._saved_at = time.monotonic()
+        self._steps_in: dict[int, int] = {}
+        self._current_plan: tuple[int, list[Step]] | None = None
         if self.out is None and resume:
             raise ConfigError("resume=True needs out=, the directory of the run to go on with")
         if self.out is not None:
@@ -139,9 +152,9 @@ class Trainer:
         schedule = Schedule(self.config.schedule, self.config.lr, total, self.config.warmup)
         if self.step >= total:
             return
-        if self._resumed_total not in (None, total):
+        if self._total not in (0, total) and self.step:
             self._display.note(
-                f"the run was planned for {self._resumed_total} steps and is {total} now: the {schedule.kind} schedule "
+                f"the run was planned for {self._total} steps and is {total} now: the {schedule.kind} schedule "
                 "goes on as if it had been so from the start"
             )
         self._total = total
@@ -159,7 +172,7 @@ class Trainer:
     def _epoch(self, schedule: Schedule) -> EpochResult:
         number, position = self._locate(self.step)
         plan = self._plan(number)
-        loss, labels, tokens, begin = 0.0, 0, 0, time.perf_counter()
+        loss, labels, tokens, steps, begin = 0.0, 0, 0, 0, time.perf_counter()
         self.model.train()
         with self._interrupts():
             for i in range(position, len(plan)):
@@ -167,11 +180,11 @@ class Trainer:
                     break
                 log = self._train_step(plan[i], schedule.rate(self.step), number + (i + 1) / len(plan))
                 loss, labels = loss + log.loss * log.label_tokens, labels + log.label_tokens
-                tokens += log.tokens
-                self._after_step(log, last=self.step == schedule.total)
+                tokens, steps = tokens + log.tokens, steps + 1
+                self._after_step(log, last=self.step == schedule.total, epoch_done=i + 1 == len(plan))
         self.model.eval()
         seconds = time.perf_counter() - begin
-        return EpochResult(number + 1, loss / labels, len(plan) - position, tokens, seconds, self._last_eval)
+        return EpochResult(number + 1, loss / labels, steps, tokens, seconds, self._last_eval)
 
     def _train_step(self, step: Step, lr: float, epoch: float) -> StepLog:
         begin = time.perf_counter()
@@ -183,7 +196,8 @@ class Trainer:
         loss = self._accumulate(batches, labels)
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._not_finite(loss, norm, batches)
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+            self._not_finite(f"step {self.step + 1}: {what}", batches)
         self.optimizer.step(lr, norm, self.config.max_grad_norm or None)
         self.step += 1
         tokens = sum(b.tokens for b in batches)
@@ -201,7 +215,9 @@ class Trainer:
         )
 
     def _accumulate(self, batches: list[PackedBatch], labels: int) -> float:
-        """Adds the gradients of the step's mean loss and returns that loss."""
+        """Puts the gradients of the step's mean loss in place and returns that loss."""
+        for p in self.optimizer.parameters.values():
+            p.grad = None  # a step that was broken off may have left some
         total, first_token = 0.0, 0
         for batch in batches:
             key = (self.config.seed, self.step, first_token)
@@ -215,7 +231,7 @@ class Trainer:
             total += float(loss.detach())
         return total / labels
 
-    def _after_step(self, log: StepLog, last: bool) -> None:
+    def _after_step(self, log: StepLog, last: bool, epoch_done: bool) -> None:
         self.history.append(log)
         if self.out is not None:
             self._metrics.write(asdict(log))
@@ -223,7 +239,10 @@ class Trainer:
         c = self.config
         if (c.eval_every and self.step % c.eval_every == 0) or (last and self.eval_data is not None):
             self._evaluate()
-        if c.save_every and self.step % c.save_every == 0 and not last:
+        due = epoch_done or time.monotonic() - self._saved_at > _SAVE_SECONDS
+        if c.save_every is not None:
+            due = self.step % c.save_every == 0
+        if due and not last and self.out is not None:
             self._save()
         if self._stop_asked and not last:
             self._stop()
@@ -231,6 +250,8 @@ class Trainer:
     def _evaluate(self) -> None:
         assert self.eval_data is not None
         result = evaluate(self.model, self.eval_data, self.config.batch_tokens or 2048)
+        if not math.isfinite(result.loss):
+            self._not_finite(f"the evaluation loss is {result.loss}", [])
         self._last_eval = result.loss
         if self.out is not None:
             row = {"step": self.step, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
@@ -240,24 +261,31 @@ class Trainer:
     # ---- the order of steps ------------------------------------------------------------------------------------------
 
     def _plan(self, epoch: int) -> list[Step]:
-        if epoch not in self._steps_per_epoch:
+        if self._current_plan is None or self._current_plan[0] != epoch:
             c = self.config
-            self._steps_per_epoch[epoch] = plan_epoch(
+            plan = plan_epoch(
                 self.data.lengths, batch_size=c.batch_size, batch_tokens=c.batch_tokens, accumulation=c.accumulation,
                 shuffle=c.shuffle, seed=c.seed, epoch=epoch,
             )  # fmt: skip
-        return self._steps_per_epoch[epoch]
+            self._current_plan = epoch, plan
+            self._steps_in[epoch] = len(plan)
+        return self._current_plan[1]
+
+    def _steps(self, epoch: int) -> int:
+        if epoch not in self._steps_in:
+            self._plan(epoch)
+        return self._steps_in[epoch]
 
     def _locate(self, step: int) -> tuple[int, int]:
         """(epoch, position within it) of the step after `step` steps."""
         epoch = 0
-        while step >= len(self._plan(epoch)):
-            step -= len(self._plan(epoch))
+        while step >= self._steps(epoch):
+            step -= self._steps(epoch)
             epoch += 1
         return epoch, step
 
     def _total_steps(self, epochs: int | None, max_steps: int | None) -> int:
-        in_epochs = None if epochs is None else sum(len(self._plan(e)) for e in range(epochs))
+        in_epochs = None if epochs is None else sum(self._steps(e) for e in range(epochs))
         counts = [n for n in (in_epochs, max_steps) if n is not None]
         longest = max(sum(int(self.data.lengths[i]) for i in m) for step in self._plan(0) for m in step)
         self.model.arena.capacity = max(self.model.arena.capacity, self.config.batch_tokens or longest)
@@ -278,6 +306,7 @@ class Trainer:
             self._stop_asked = True
             self._display.note("stopping after this step (Ctrl-C again: at once)")
 
+        self._stop_asked = False
         before = signal.signal(signal.SIGINT, ask)
         try:
             yield
@@ -298,17 +327,18 @@ class Trainer:
             "or Trainer(..., resume=True)"
         )
 
-    def _not_finite(self, loss: float, norm: float, batches: list[PackedBatch]) -> None:
+    def _not_finite(self, what: str, batches: list[PackedBatch]) -> None:
         for p in self.optimizer.parameters.values():
             p.grad = None
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
         sources = ", ".join(self.data[i].source for b in batches for i in b.indices[:3])
+        where = f" (samples {sources}, ...)" if sources else ""
         kept = "the model in memory holds the last good weights"
         if self.out is not None:
-            kept = f"the state after step {self.step} is in {self._save()}"
+            # Nothing is pruned: an earlier checkpoint may be the better one to go on from.
+            kept = f"the state after step {self.step} is in {self._save(pruning=False)}"
         raise TrainingError(
-            f"step {self.step + 1}: the {what} (samples {sources}, ...); no update was made, {kept}. Lower lr "
-            f"(now {self.config.lr}), add warmup, or look at these samples"
+            f"{what}{where}; no update was made, {kept}. Resume with a lower lr (now {self.config.lr}) or more "
+            "warmup, or look at these samples"
         )
 
     def _open(self, out: Path, resume: bool, overwrite: bool) -> None:
@@ -357,12 +387,14 @@ class Trainer:
             "trainable": {name: list(p.shape) for name, p in sorted(self.optimizer.parameters.items())},
         }
 
-    def _save(self) -> Path:
+    def _save(self, pruning: bool = True) -> Path:
         assert self.out is not None
         path = self.out / f"checkpoint-{self.step}"
         parameters = {f"parameter.{name}": p.detach() for name, p in self.optimizer.parameters.items()}
         save_state(path, parameters | self.optimizer.state(), self._meta())
-        prune(self.out, self.config.keep)
+        if pruning:
+            prune(self.out, self.config.keep)
+        self._saved_at = time.monotonic()
         return path
 
     def _restore(self, path: Path) -> None:
@@ -377,11 +409,14 @@ class Trainer:
         if meta["data"] != mine["data"]:
             raise CheckpointError(f"{path}: its training data or tokenizer differ from those given now")
         for name, value in meta["settings"].items():
-            if mine["settings"].get(name) != value:
+            now = mine["settings"].get(name)
+            if now == value:
+                continue
+            if name not in _NOTED:
                 raise CheckpointError(
-                    f"{path}: it was made with {name}={value!r}, this run has {mine['settings'].get(name)!r}; "
-                    f"resume with the same {name}"
+                    f"{path}: it was made with {name}={value!r}, this run has {now!r}; resume with the same {name}"
                 )
+            self._display.note(f"{name} was {value!r} until step {meta['step']} and is {now!r} from here on")
         if meta["threads"] != mine["threads"]:
             self._display.note(
                 f"the run used {meta['threads']} threads, now it is {mine['threads']}: the vendor's products may round "
@@ -391,7 +426,7 @@ class Trainer:
             for name, p in self.optimizer.parameters.items():
                 p.copy_(tensors[f"parameter.{name}"])
         self.optimizer.load_state(tensors, meta["optimizer_steps"])
-        self.step, self._resumed_total = meta["step"], meta["total_steps"]
+        self.step, self._total = meta["step"], meta["total_steps"]
 
 
 def _described(method: Any) -> dict[str, Any] | None:
@@ -400,9 +435,11 @@ def _described(method: Any) -> dict[str, Any] | None:
 
 
 def _fingerprint(model: Decoder) -> str:
-    """SHA-256 of the config and of the frozen norms and biases: cheap, and another model's differ."""
+    """SHA-256 of the config and of a few numbers from every frozen tensor: cheap, and another model's differ."""
     digest = hashlib.sha256(json.dumps(model.config.raw, sort_keys=True).encode())
-    for p in model.parameters():
-        if p.dim() == 1 and not p.requires_grad:
-            digest.update(p.detach().cpu().float().numpy().tobytes())
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            flat = p.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode() + sample.tobytes())
     return digest.hexdigest()

@@ -17,7 +17,8 @@ CURVE_NAME = "loss_curve.png"
 
 
 class MetricsFile:
-    """Appends rows to `metrics.jsonl`; each row is on disk when `write` returns."""
+    """Appends rows to `metrics.jsonl`; each row is with the system when `write` returns,
+    so a killed process loses none."""
 
     def __init__(self, directory: Path, resume_step: int = 0) -> None:
         """Keeps rows up to `resume_step`: what came after it is about to be done again."""

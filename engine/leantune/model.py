@@ -18,7 +18,7 @@ from leantune.checkpoint.reader import CheckpointReader
 from leantune.checkpoint.writer import PendingTensor, save_sharded, write_json
 from leantune.data.tokenizer import Tokenizer
 from leantune.errors import CheckpointError, ConfigError
-from leantune.methods.lora import LoRA, updated
+from leantune.methods.lora import LoRA
 from leantune.nn import Decoder, DecoderConfig, Linear
 from leantune_kernels import low_rank
 
@@ -44,11 +44,15 @@ class Model(Decoder):
             self._tokenizer = Tokenizer.from_directory(self.directory)
         return self._tokenizer
 
-    def save_adapter(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Writes what was trained, in PEFT's layout. Raises CheckpointError if `directory` holds something already."""
+    def save_adapter(self, directory: str | os.PathLike[str], overwrite: bool = False, portable: bool = False) -> None:
+        """Writes what was trained, in PEFT's layout. Raises CheckpointError if `directory` holds something already.
+
+        portable: one rank everywhere (zero-padded) and the scale folded into B, which PEFT, vLLM and llama.cpp all
+        read alike; they differ on rank patterns, alpha patterns and rsLoRA.
+        """
         if not hasattr(self.method, "save_adapter"):
             raise ConfigError("there is no adapter to save: apply LoRA first, or use save_merged() for whole models")
-        self.method.save_adapter(self, directory, overwrite)
+        self.method.save_adapter(self, directory, overwrite, portable)
 
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Puts a LoRA adapter in PEFT's layout on the model; its parameters are trainable. Raises CheckpointError."""
@@ -57,14 +61,14 @@ class Model(Decoder):
     @torch.no_grad()
     def merge(self) -> None:
         """Folds the adapter into the weights (added in fp32, rounded once). `unmerge` restores them bit by bit."""
-        for linear in updated(self):
+        for linear in self.updated():
             if linear.base is None:
                 linear.base = linear.weight.data
                 linear.weight.data = _merged(linear).to(linear.base.dtype)
 
     def unmerge(self) -> None:
         """Takes the adapter out of the weights again: the very weights from before `merge` are put back."""
-        for linear in updated(self):
+        for linear in self.updated():
             if linear.base is not None:
                 linear.weight.data, linear.base = linear.base, None
 
@@ -120,14 +124,15 @@ def _merged(linear: Linear) -> torch.Tensor:
 
 def load(
     path_or_hub_id: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
     """Loads a Hugging Face checkpoint: a directory with config.json and safetensors, or a hub id.
 
-    dtype: how weights are stored; default float32 on the CPU, the checkpoint's own on a GPU. On the CPU everything is
-    computed in float32, so bfloat16 halves the memory of frozen weights at some cost in time. Weights whose dtype
-    fits stay in the memory map of the file: nothing is read before it is used, and nothing is held twice.
+    dtype: how weights are stored, such as torch.bfloat16 or "bfloat16"; default float32 on the CPU, the checkpoint's
+    own on a GPU. On the CPU everything is computed in float32, so bfloat16 halves the memory of frozen weights at some
+    cost in time (generation converts every weight for every token: use float32 there). Weights whose dtype fits stay in
+    the memory map of the file: nothing is read before it is used, and nothing is held twice.
 
     Raises CheckpointError (missing or damaged files, tensors that disagree with the config) and ConfigError (a model
     or a config field that is not supported).
@@ -136,18 +141,19 @@ def load(
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}: this PyTorch sees no CUDA device; use device='cpu'")
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ConfigError(f"dtype={dtype} is not supported; use one of {', '.join(DTYPES)}")
+    stored = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and stored not in DTYPES.values():
+        raise ConfigError(f"dtype={dtype!s} is not supported; use one of {', '.join(DTYPES)}")
     raw = read_config(directory)
     model = Model(models.family(raw).config(raw), os.fspath(path_or_hub_id), directory)
     reader = CheckpointReader(directory)
     _check_tensors(model, reader)
-    if dtype is None and target.type == "cpu":
-        dtype = torch.float32
+    if stored is None and target.type == "cpu":
+        stored = torch.float32
     for name, _ in list(model.named_parameters()):
         value = reader.get(name)
         keep_wide = target.type == "cpu" and value.dim() == 1  # norms and biases: small, and added to fp32
-        _assign(model, name, value.to(target, torch.float32 if keep_wide else dtype or value.dtype))
+        _assign(model, name, value.to(target, torch.float32 if keep_wide else stored or value.dtype))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()

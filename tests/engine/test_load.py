@@ -43,6 +43,9 @@ def edit_config(directory, **changes):
         ({"hidden_act": "tanhshrink"}, "hidden_act='tanhshrink' is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a positive integer"),
+        ({"num_attention_heads": "4", "head_dim": None}, "num_attention_heads='4' must be a positive integer"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be a positive integer"),
         ({"head_dim": 15}, "head_dim=15 is odd"),
         ({"vocab_size": -1}, "vocab_size=-1 must be a positive integer"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be a positive number"),
@@ -109,8 +112,10 @@ def test_a_path_that_does_not_exist(tmp_path):
 
 
 def test_dtype_and_device_are_checked(tiny_directory):
-    with pytest.raises(lt.ConfigError, match=r"dtype=torch.int8"):
-        lt.load(tiny_directory, dtype=torch.int8)
+    for dtype in (torch.int8, "int8"):
+        with pytest.raises(lt.ConfigError, match=r"dtype=.*int8 is not supported; use one of float32, bfloat16"):
+            lt.load(tiny_directory, dtype=dtype)
+    assert lt.load(tiny_directory, dtype="bfloat16").model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     if not torch.cuda.is_available():
         with pytest.raises(lt.ConfigError, match="sees no CUDA device"):
             lt.load(tiny_directory, device="cuda")

@@ -80,6 +80,18 @@ def test_a_second_adapter_is_refused(tiny):
         lt.LoRA(rank=2).apply(tiny)
 
 
+def test_a_tuple_of_targets_is_a_list(tiny, tmp_path):
+    assert lt.LoRA(targets=("q_proj",)).targets == ["q_proj"]
+    with pytest.raises(lt.ConfigError, match="targets="):
+        lt.LoRA(targets=())
+
+
+def test_a_replaced_layer_is_noticed(tiny):
+    tiny.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 64)
+    with pytest.raises(lt.ConfigError, match=r"q_proj was replaced by a Linear; it must be a leantune.nn.Linear"):
+        tiny(IDS)
+
+
 def test_saving_without_an_adapter(tiny, tmp_path):
     with pytest.raises(lt.ConfigError, match="no adapter to save"):
         tiny.save_adapter(tmp_path / "a")

@@ -1,5 +1,6 @@
 """The training loop: what a step's loss is, that it does not depend on batching, and that nothing is ever lost."""
 
+import errno
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,45 @@ def trained(model) -> dict[str, torch.Tensor]:
 def trainer(model, data, **settings) -> lt.Trainer:
     defaults = {"lr": 5e-3, "batch_size": 4, "progress": False, "schedule": "constant"}
     return lt.Trainer(model, data, **(defaults | settings))
+
+
+def padded(samples) -> dict[str, torch.Tensor]:
+    """The batch as Hugging Face takes it."""
+    shape = (len(samples), max(len(s) for s in samples))
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for row, s in enumerate(samples):
+        n = len(s)
+        ids[row, :n], mask[row, :n] = torch.from_numpy(s.input_ids).long(), 1
+        labels[row, :n] = torch.where(torch.from_numpy(s.label_mask), ids[row, :n], -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def follow_peft(directory, data, start, steps: int, tolerance: float, **settings) -> None:
+    """Asserts that losses and rates are those of Hugging Face + PEFT + torch's AdamW, from the adapter in `start`."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = lt.load(directory)
+    model.load_adapter(start)
+    t = trainer(model, data, schedule="cosine", warmup=3, weight_decay=0.01, max_grad_norm=0.5, **settings)
+    t.fit(max_steps=steps)
+    assert len(t.history) == steps
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=t.config.lr, weight_decay=0.01)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 3, steps)
+    for number, log in enumerate(t.history):
+        epoch, position = t._locate(number)
+        loss = theirs(**padded([data[i] for i in t._plan(epoch)[position][0]])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        assert log.lr == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        assert log.loss == pytest.approx(float(loss.detach()), abs=tolerance), f"step {number + 1}"
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
@@ -150,47 +191,38 @@ def test_a_micro_batch_without_labels_contributes_nothing(tiny_directory, data, 
 
 
 def test_follows_peft_step_by_step(tiny_directory, data, tmp_path):
-    """Same batches, same initial adapter: the losses of 30 steps of Hugging Face + PEFT + torch's AdamW."""
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    model = prepared(tiny_directory)
+    prepared(tiny_directory).save_adapter(tmp_path / "start")
+    follow_peft(tiny_directory, data, tmp_path / "start", steps=30, tolerance=1e-4)
+
+
+def test_follows_peft_on_the_real_model(real_model_directory, tmp_path):
+    """30 steps of short samples, fp32: within 1e-3 at every step."""
+    model = lt.load(real_model_directory)
+    lt.LoRA(rank=16, alpha=32).apply(model)
     model.save_adapter(tmp_path / "start")
-    t = trainer(model, data, batch_size=4, schedule="cosine", warmup=3, weight_decay=0.01, max_grad_norm=0.5)
-    t.fit(epochs=5)
-    assert len(t.history) == 30
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
-    parameters = [p for p in theirs.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.01)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 3, 30)
-    steps = [step for epoch in range(5) for step in t._plan(epoch)]
-    for step, log in zip(steps, t.history, strict=True):
-        samples = [data[i] for i in step[0]]
-        longest = max(len(s) for s in samples)
-        ids, labels = torch.zeros(4, longest, dtype=torch.long), torch.full((4, longest), -100)
-        mask = torch.zeros(4, longest, dtype=torch.long)
-        for row, s in enumerate(samples):
-            n = len(s)
-            ids[row, :n], mask[row, :n] = torch.from_numpy(s.input_ids).long(), 1
-            labels[row, :n] = torch.where(torch.from_numpy(s.label_mask), ids[row, :n], -100)
-        loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        assert log.lr == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        assert log.loss == pytest.approx(float(loss.detach()), abs=1e-4)
+    data = lt.data.chat(records(60), model.tokenizer)
+    follow_peft(real_model_directory, data, tmp_path / "start", steps=30, tolerance=1e-3, lr=2e-4, batch_size=2)
 
 
-def test_full_fine_tuning_follows_plain_pytorch(tiny_directory, data):
+def test_full_fine_tuning_follows_transformers(tiny_directory, data):
+    transformers = pytest.importorskip("transformers")
     model = lt.load(tiny_directory)
     lt.Full().apply(model)
-    t = trainer(model, data, lr=1e-3)
+    t = trainer(model, data, lr=1e-3, max_grad_norm=None)
     t.fit(epochs=2)
     assert t.history[-1].loss < t.history[0].loss - 0.5
-    assert all(p.requires_grad for p in model.parameters())
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.0)
+    for step, log in zip([step for epoch in range(2) for step in t._plan(epoch)], t.history, strict=True):
+        loss = theirs(**padded([data[i] for i in step[0]])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert log.loss == pytest.approx(float(loss.detach()), abs=1e-4)
+    finals = dict(theirs.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, finals[name], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["all", "full"])
@@ -203,7 +235,7 @@ def test_policies_train_to_the_same_bits(tiny_directory, data, policy):
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
 
 
-def test_a_steady_step_allocates_no_buffer(tiny_directory, data):
+def test_a_steady_step_takes_no_new_memory_for_the_arena(tiny_directory, data):
     model = prepared(tiny_directory)
     t = trainer(model, data)
     t.fit(epochs=1)
@@ -265,8 +297,8 @@ def test_resume_gives_the_bits_of_the_uninterrupted_run(tiny_directory, data, tm
     t = trainer(first, data, out=tmp_path / "cut", **settings)
     after = t._after_step
 
-    def die(log, last):
-        after(log, last)
+    def die(log, **when):
+        after(log, **when)
         if log.step == 11:
             raise SystemExit
 
@@ -297,9 +329,97 @@ def test_resume_on_another_base_model_is_refused(tiny_directory, data, tmp_path)
     from helpers_model import tiny_model
 
     trainer(prepared(tiny_directory), data, out=tmp_path / "run").fit(max_steps=1)
-    other = prepared(tiny_model(tmp_path / "other", rms_norm_eps=1e-3))
-    with pytest.raises(lt.CheckpointError, match="belongs to another base model"):
-        trainer(other, data, out=tmp_path / "run", resume=True)
+    merged = prepared(tiny_directory)  # same config, same norms: only the matrices differ
+    merged.save_merged(tmp_path / "merged")
+    others = [
+        prepared(tiny_model(tmp_path / "other", rms_norm_eps=1e-3)),
+        prepared(tmp_path / "merged"),
+        lt.load(tiny_directory, dtype="bfloat16"),
+    ]
+    lt.LoRA(rank=4).apply(others[2])
+    for other in others:
+        with pytest.raises(lt.CheckpointError, match="belongs to another base model"):
+            trainer(other, data, out=tmp_path / "run", resume=True)
+
+
+def test_resume_with_another_learning_rate_is_noted(tiny_directory, data, tmp_path, capsys):
+    trainer(prepared(tiny_directory), data, out=tmp_path / "run").fit(max_steps=1)
+    again = trainer(prepared(tiny_directory), data, out=tmp_path / "run", resume=True, lr=1e-3, progress=True)
+    assert "lr was 0.005 until step 1 and is 0.001 from here on" in capsys.readouterr().err
+    again.fit(max_steps=2)
+    assert again.history[0].lr == 1e-3
+
+
+def test_a_run_is_saved_after_every_epoch_without_asking(tiny_directory, data, tmp_path):
+    t = trainer(prepared(tiny_directory), data, out=tmp_path / "run")
+    for epoch, _ in enumerate(t.epochs(2), start=1):
+        assert (tmp_path / "run" / f"checkpoint-{6 * epoch}").is_dir() or epoch == 2
+
+
+def test_a_broken_step_leaves_no_gradient_behind(tiny_directory, data, monkeypatch):
+    """A step that dies in its second micro-batch must not leak into the next."""
+    model = prepared(tiny_directory)
+    t = trainer(model, data, batch_size=2, accumulation=2)
+    real, calls = model.loss_sum, []
+
+    def fails_once(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(model, "loss_sum", fails_once)
+    with pytest.raises(MemoryError):
+        t.fit(max_steps=1)
+    t.fit(max_steps=1)
+    clean = prepared(tiny_directory)
+    trainer(clean, data, batch_size=2, accumulation=2).fit(max_steps=1)
+    assert all(torch.equal(v, trained(clean)[n]) for n, v in trained(model).items())
+
+
+def test_a_full_disk_stops_the_run_with_its_reason(tiny_directory, data, tmp_path, monkeypatch):
+    t = trainer(prepared(tiny_directory), data, out=tmp_path / "run", save_every=1)
+    t.fit(max_steps=2)
+
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(lt.CheckpointError, match="space"):
+        t.fit(max_steps=4)
+    monkeypatch.undo()
+    assert load_state(latest_state(tmp_path / "run"))[1]["step"] == 2
+    again = trainer(prepared(tiny_directory), data, out=tmp_path / "run", resume=True, save_every=1)
+    real = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", *a, **k: (full if "a" in mode else real)(path, mode, *a, **k)
+    )
+    with pytest.raises(lt.TrainingError, match="metrics.jsonl: No space left on device; free some space and resume"):
+        again.fit(max_steps=4)
+
+
+def test_an_interrupt_in_the_last_step_does_not_stop_the_next_run(tiny_directory, data):
+    t = trainer(prepared(tiny_directory), data)
+    after = t._after_step
+
+    def press(log, **when):
+        os.kill(os.getpid(), signal.SIGINT)
+        after(log, **when)
+
+    t._after_step = press
+    t.fit(max_steps=1)
+    t._after_step = after
+    t.fit(max_steps=3)
+    assert t.step == 3
+
+
+def test_a_merged_adapter_is_not_trained(tiny_directory, data):
+    model = prepared(tiny_directory)
+    model.merge()
+    with pytest.raises(lt.ConfigError, match="call model.unmerge"):
+        trainer(model, data)
+    with pytest.raises(lt.ConfigError, match="carries a LoRA adapter already"):
+        lt.Full().apply(model)
 
 
 def test_resuming_a_finished_run_does_nothing(tiny_directory, data, tmp_path):
@@ -319,7 +439,7 @@ def test_old_checkpoints_are_pruned(tiny_directory, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 1e-3}, "it was made with lr=0.005, this run has 0.001"),
+        ({"accumulation": 2}, "it was made with accumulation=1, this run has 2; resume with the same accumulation"),
         ({"seed": 1}, "made with seed=0"),
         ({"batch_size": 3}, "made with batch_size=4"),
     ],
@@ -379,10 +499,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_directory, data, tmp_path):
     t = trainer(model, data, out=tmp_path / "run")
     after = t._after_step
 
-    def press(log, last):
+    def press(log, **when):
         if log.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        after(log, last)
+        after(log, **when)
 
     t._after_step = press
     with pytest.raises(lt.TrainingInterrupted, match=r"interrupted after step 3, saved in .*checkpoint-3; go on with"):

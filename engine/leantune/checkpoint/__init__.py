@@ -2,7 +2,7 @@
 
 from leantune.checkpoint.atomic import atomic_directory, atomic_file
 from leantune.checkpoint.hub import resolve
-from leantune.checkpoint.peft import AdapterFile, load_adapter, portable, save_adapter, write_lora_adapter
+from leantune.checkpoint.peft import AdapterFile, as_portable, load_adapter, save_adapter, write_lora_adapter
 from leantune.checkpoint.reader import CheckpointReader
 from leantune.checkpoint.state import latest_state, load_state, prune, save_state
 from leantune.checkpoint.writer import PendingTensor, save_sharded, save_tensors
@@ -11,12 +11,12 @@ __all__ = [
     "AdapterFile",
     "CheckpointReader",
     "PendingTensor",
+    "as_portable",
     "atomic_directory",
     "atomic_file",
     "latest_state",
     "load_adapter",
     "load_state",
-    "portable",
     "prune",
     "resolve",
     "save_adapter",

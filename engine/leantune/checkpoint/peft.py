@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,15 +103,13 @@ def load_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
 def save_adapter(directory: str | os.PathLike[str], adapter: AdapterFile, *, overwrite: bool = False) -> None:
     """Write an adapter atomically, after the same checks as at loading.
 
-    What vLLM or llama.cpp would misread is named in a warning; `portable` makes an adapter that all read.
+    What vLLM or llama.cpp would misread is named in a warning; `as_portable` makes an adapter that all read.
 
     Raises:
         CheckpointError: config and tensors disagree, the directory exists, or it cannot be written.
     """
     folder = Path(directory)
-    _check_config(adapter.config, str(folder / CONFIG_NAME))
-    _check_tensors(adapter, str(folder))
-    _check_targets(adapter, str(folder))
+    _check_adapter(adapter, str(folder))
     for warning in loader_warnings(adapter.config):
         logger.warning("adapter %s: %s", folder, warning)
     named = {
@@ -134,31 +133,31 @@ def write_lora_adapter(
     dropout: float,
     target_modules: Sequence[str] | str,
     base_model_name_or_path: str | None,
-    task_type: str = "CAUSAL_LM",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    fan_in_fan_out: bool = False,
     overwrite: bool = False,
+    portable: bool = False,
 ) -> None:
     """Write a LoRA adapter for PEFT: the keys that every release knows, plus what differs from its defaults.
 
     Args:
         modules: module path in the base model -> (A [r, in_features], B [out_features, r]).
         target_modules: suffixes of module paths, or one regular expression over whole paths.
+        portable: write the form that `as_portable` makes, which PEFT, vLLM and llama.cpp read alike.
     Raises:
         CheckpointError: as for `save_adapter`.
     """
     targets = target_modules if isinstance(target_modules, str) else sorted(target_modules)
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task_type,
+        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,
         "r": rank,
         "lora_alpha": _integer_if_whole(alpha),
         "target_modules": targets,
         "lora_dropout": dropout,
         "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": False,
         "inference_mode": True,
     }
     if use_rslora:
@@ -168,22 +167,26 @@ def write_lora_adapter(
     if alpha_pattern:
         config["alpha_pattern"] = {key: _integer_if_whole(value) for key, value in alpha_pattern.items()}
     tensors = {module: {"lora_A": a, "lora_B": b} for module, (a, b) in modules.items()}
-    save_adapter(directory, AdapterFile(config, tensors), overwrite=overwrite)
+    adapter = AdapterFile(config, tensors)
+    if portable:
+        _check_adapter(adapter, str(directory))
+        adapter = as_portable(adapter)
+    save_adapter(directory, adapter, overwrite=overwrite)
 
 
 def loader_warnings(config: Mapping[str, Any]) -> list[str]:
     """What other loaders would compute differently from PEFT for this config, in words."""
     warnings = []
     if config.get("rank_pattern"):
-        warnings.append("vLLM ignores rank_pattern; export a portable adapter for it")
+        warnings.append("vLLM ignores rank_pattern; save with portable=True for it")
     if config.get("alpha_pattern"):
-        warnings.append("vLLM and llama.cpp ignore alpha_pattern; export a portable adapter for them")
+        warnings.append("vLLM and llama.cpp ignore alpha_pattern; save with portable=True for them")
     if config.get("use_rslora"):
-        warnings.append("llama.cpp ignores use_rslora and mis-scales; export a portable adapter for it")
+        warnings.append("llama.cpp ignores use_rslora and mis-scales; save with portable=True for it")
     return warnings
 
 
-def portable(adapter: AdapterFile) -> AdapterFile:
+def as_portable(adapter: AdapterFile) -> AdapterFile:
     """The same function in a form that PEFT, vLLM and llama.cpp read alike.
 
     One rank everywhere (zero-padded), the scale multiplied into B in fp32 and rounded once, alpha = r.
@@ -223,6 +226,13 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no {TENSORS_NAME}; get the file again")
 
 
+def _check_adapter(adapter: AdapterFile, folder: str) -> None:
+    """What is about to be written must be what would be read."""
+    _check_config(adapter.config, f"{folder}/{CONFIG_NAME}")
+    _check_tensors(adapter, folder)
+    _check_targets(adapter, folder)
+
+
 def _check_config(config: Mapping[str, Any], source: str) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{source}: peft_type={config.get('peft_type')!r} is not read; only 'LORA' is")
@@ -242,8 +252,34 @@ def _check_config(config: Mapping[str, Any], source: str) -> None:
             )
     _check_number(config.get("r"), "r", source, whole=True)
     _check_number(config.get("lora_alpha"), "lora_alpha", source)
+    dropout = config.get("lora_dropout", 0.0)
+    _check_number(dropout, "lora_dropout", source)
+    if not 0 <= dropout < 1:
+        raise CheckpointError(f"{source}: lora_dropout={dropout!r} must be at least 0 and less than 1")
+    if not isinstance(config.get("use_rslora", False), (bool, type(None))):
+        raise CheckpointError(f"{source}: use_rslora={config['use_rslora']!r} must be true or false")
+    _check_target_modules(config.get("target_modules"), source)
     for pattern, whole in (("rank_pattern", True), ("alpha_pattern", False)):
         _check_pattern(config.get(pattern) or {}, pattern, source, whole)
+
+
+def _check_target_modules(targets: object, source: str) -> None:
+    """PEFT writes them always; without them nobody knows which layers to make."""
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise CheckpointError(
+            f"{source}: target_modules={targets!r} must be the names of the adapted modules, such as "
+            '["q_proj", "v_proj"], or one regular expression'
+        )
+    if isinstance(targets, str):
+        _check_expression(targets, "target_modules", source)
+
+
+def _check_expression(expression: str, name: str, source: str) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{source}: {name} {expression!r} is no regular expression: {error}") from error
 
 
 def _check_pattern(patterns: object, name: str, source: str, whole: bool) -> None:
@@ -251,16 +287,15 @@ def _check_pattern(patterns: object, name: str, source: str, whole: bool) -> Non
         raise CheckpointError(f"{source}: {name}={patterns!r} must map module names to numbers")
     for key, value in patterns.items():
         _check_number(value, f"{name}[{key!r}]", source, whole=whole)
-        try:
-            re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            raise CheckpointError(f"{source}: {name} key {key!r} is no regular expression: {error}") from error
+        _check_expression(key, f"{name} key", source)
 
 
 def _check_number(value: object, name: str, source: str, whole: bool = False) -> None:
     kind = "a positive integer" if whole else "a finite number"
-    wanted = (int,) if whole else (int, float)
-    fits = type(value) in wanted and math.isfinite(value) and (value > 0 or not whole)  # type: ignore
+    if whole:
+        fits = type(value) is int and value > 0
+    else:  # an integer may be beyond every float
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
     if not fits:
         raise CheckpointError(f"{source}: {name}={value!r} must be {kind}")
 

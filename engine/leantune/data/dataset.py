@@ -69,6 +69,7 @@ class Dataset(Sequence[Sample]):
 
     lengths: int64 [samples], tokens of each sample.
     fingerprint: SHA-256 over tokens and masks, the same for the same training data.
+    dated: the chat template asks for today's date, so the same records may have another fingerprint tomorrow.
     """
 
     tokenizer: Tokenizer
@@ -83,6 +84,7 @@ class Dataset(Sequence[Sample]):
     truncated: np.ndarray  # bool [samples]
     source_name: str
     by_line: bool
+    dated: bool = False
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -129,6 +131,7 @@ def assemble(
     source: tuple[str, bool],
     unlabelled: int,
     dropped: int,
+    dated: bool = False,
 ) -> Dataset:
     """Join drafts (at least one) into a Dataset; source is its name and whether it counts lines."""
     ids = np.concatenate([d.ids for d in drafts])
@@ -161,4 +164,5 @@ def assemble(
         truncated=truncated,
         source_name=source[0],
         by_line=source[1],
+        dated=dated,
     )

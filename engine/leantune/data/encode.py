@@ -25,6 +25,7 @@ class _Prepared:
 
     standalone: the text is no template's, so the tokenizer's start token and an end token are added.
     exact: labels say exactly what to train on; if not, white space after an end-of-turn token is left out.
+    dated: the text comes from a template that asks for today's date.
     """
 
     text: str
@@ -32,6 +33,7 @@ class _Prepared:
     roles: list[RoleSpan]
     standalone: bool
     exact: bool = True
+    dated: bool = False
 
 
 @dataclass(slots=True)
@@ -263,7 +265,8 @@ def _chat(tokenizer: Tokenizer, train_on: TrainOn) -> Prepare:
             chat = render_chat(tokenizer, messages, tools, train_on)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        return _Prepared(chat.text, chat.labels, chat.roles, standalone=False, exact=chat.exact)
+        dated = tokenizer.is_dated(tools)
+        return _Prepared(chat.text, chat.labels, chat.roles, standalone=False, exact=chat.exact, dated=dated)
 
     return prepare
 
@@ -295,13 +298,14 @@ def _build(
         raise ConfigError(f"on_long={on_long!r} is unknown; use one of {', '.join(get_args(OnLong))}")
     encoder = _Encoder(tokenizer, max_length, on_long)
     drafts: list[Draft] = []
-    empty = True
+    empty, dated = True, False
     while chunk := list(islice(records.stream, _CHUNK)):
         empty = False
         places = [records.at(number) for number, _ in chunk]
         prepared = [
             prepare(rename(record, fields, where), where) for (_, record), where in zip(chunk, places, strict=True)
         ]
+        dated = dated or any(item.dated for item in prepared)
         drafts += encoder.encode(prepared, [number for number, _ in chunk], records.at)
     if empty:
         raise _no_records(records.name)
@@ -311,7 +315,7 @@ def _build(
             f"{records.name}: none of {encoder.dropped} samples {what} max_length={max_length} tokens; raise max_length"
         )
     source = (records.name, records.by_line)
-    return assemble(drafts, tokenizer, encoder.role_names, source, encoder.unlabelled, encoder.dropped)
+    return assemble(drafts, tokenizer, encoder.role_names, source, encoder.unlabelled, encoder.dropped, dated)
 
 
 def _no_records(name: str) -> DataError:

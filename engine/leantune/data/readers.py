@@ -8,6 +8,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,23 @@ def _open_file(path: Path) -> Records:
     if suffix not in _READERS:
         known = ", ".join(sorted(_READERS))
         raise DataError(f"{path}: unknown data format '{suffix}'; use a file that ends in one of {known}")
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise DataError(f"{path}: the data file {what}; pass the path of one file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; write at least one record")
+    with _readable(path):
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            raise DataError(f"{path}: the data file {what}; pass the path of one file")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty; write at least one record")
+        path.open("rb").close()  # so that a file without read permission is refused at once
     reader = _READERS[suffix]
     return Records(path.name, suffix != ".json", reader(path))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: the data file cannot be read: {error.strerror}; check path and permissions") from error
 
 
 def _items(name: str, values: Iterable[Any]) -> Numbered:
@@ -78,7 +89,7 @@ def _items(name: str, values: Iterable[Any]) -> Numbered:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, decoded one by one so that only \\n ends a line and a bad byte has a line."""
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")

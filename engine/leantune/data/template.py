@@ -32,6 +32,9 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 class ChatTemplate:
     """One compiled chat template. Rendering is serialised by a lock, since the sandbox counts steps.
 
+    has_generation_marks: it marks what the model writes. dated: it asks for today's date, so a rendering may
+    differ from day to day.
+
     Raises DataError for a template that does not compile.
     """
 
@@ -42,6 +45,7 @@ class ChatTemplate:
         self._lock = threading.Lock()
         try:
             tree = self._environment.parse(source)
+            self.dated = any(node.name == "strftime_now" for node in tree.find_all(nodes.Name))
             for loop in tree.find_all(nodes.For):
                 loop.iter = nodes.Filter(loop.iter, "bounded", [], [], None, None)
             code = self._environment.compile(tree)

@@ -18,16 +18,6 @@ if TYPE_CHECKING:
 Span = tuple[int, int]  # [start, end) in characters of a text
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 
 
 class Tokenizer:
@@ -37,7 +27,6 @@ class Tokenizer:
     special_tokens: text of the special tokens by name ("bos_token", ...).
     templates: chat templates by name; "default" is the one in use, "tool_use" serves chats with tools.
     stop_ids: further ids that end a turn besides eos, as generation_config.json lists them.
-    files: the files a saved checkpoint must carry along.
     """
 
     def __init__(
@@ -46,7 +35,6 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         templates: Mapping[str, str] | None = None,
         stop_ids: Sequence[int] = (),
-        files: Sequence[Path] = (),
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -54,7 +42,6 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self.templates = dict(templates or {})
-        self.files = list(files)
         # A special token that the vocabulary holds as an ordinary word would be split in a rendered chat.
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         known = [t for t in self.special_tokens.values() if backend.token_to_id(t) is not None]
@@ -85,29 +72,18 @@ class Tokenizer:
             raise DataError(f"{file}: not a readable tokenizer file: {error}; fetch it again") from error
         config = _read_json(root / "tokenizer_config.json")
         special = _special_tokens(_read_json(root / "special_tokens_map.json") | config)
-        stops = _read_json(root / "generation_config.json").get("eos_token_id")
-        return cls(
-            backend,
-            special,
-            _templates(root, config),
-            stop_ids=stops if isinstance(stops, list) else [stops] if isinstance(stops, int) else [],
-            files=[root / name for name in _FILES if (root / name).is_file()],
-        )
+        return cls(backend, special, _templates(root, config), _stop_ids(root / "generation_config.json"))
 
     # Ids and text
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_with_offsets(
-        self, text: str, add_special_tokens: bool = True
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and the [start, end) characters behind each; parts of one character all have its span."""
-        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
-        return encoding.ids, encoding.offsets
-
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids int32 [n], offsets int64 [n, 2]) of each text, encoded in parallel."""
+        """(ids int32 [n], offsets int64 [n, 2]) of each text, encoded in parallel.
+
+        Offsets are the [start, end) characters behind a token; parts of one character all have its span.
+        """
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [
             (np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)) for e in encodings
@@ -175,10 +151,6 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self._special_id("eos_token")
 
-    @property
-    def pad_token_id(self) -> int | None:
-        return self._special_id("pad_token")
-
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.backend.token_to_id(token)
@@ -208,6 +180,10 @@ class Tokenizer:
 
     def has_generation_marks(self, tools: Sequence[Any] | None = None) -> bool:
         return self._template(tools).has_generation_marks
+
+    def is_dated(self, tools: Sequence[Any] | None = None) -> bool:
+        """Whether the chat template asks for today's date."""
+        return self._template(tools).dated
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: dict[str, Any]
@@ -254,13 +230,20 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty when there is no such file."""
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
+        value = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}; fetch the file again") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: holds a {type(value).__name__}, not an object; fetch the file again")
@@ -274,15 +257,37 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
+def _stop_ids(path: Path) -> list[int]:
+    """The ids under "eos_token_id" of a generation_config.json, written as one or as a list."""
+    value = _read_json(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):
+        raise DataError(f"{path}: eos_token_id={value!r} must be a token id or a list of them")
+    return ids
+
+
 def _templates(root: Path, config: dict[str, Any]) -> dict[str, str]:
     """Chat templates by name; chat_template.jinja wins over the entry in tokenizer_config.json."""
     file = root / "chat_template.jinja"
     if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
+        try:
+            return {"default": _read(file).decode("utf-8")}
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     entry = config.get("chat_template")
     if isinstance(entry, str):
         return {"default": entry}
-    return {item["name"]: item["template"] for item in entry or []}
+    items = [] if entry is None else entry
+    if not isinstance(items, list) or not all(_is_named_template(item) for item in items):
+        raise DataError(
+            f"{root / 'tokenizer_config.json'}: chat_template must be a string or a list of "
+            '{"name": ..., "template": ...} with strings in both; mend it, or put the template into chat_template.jinja'
+        )
+    return {item["name"]: item["template"] for item in items}
+
+
+def _is_named_template(item: object) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("name", "template"))
 
 
 def _byte_alphabet() -> dict[str, int]:

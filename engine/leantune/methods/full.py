@@ -16,7 +16,11 @@ class Full:
     name = "full"
 
     def apply(self, model: Decoder) -> Decoder:
-        """Makes every parameter trainable; a weight leaves the checkpoint's memory map when it is first written."""
+        """Makes every parameter trainable; a weight leaves the checkpoint's memory map when it is first written.
+
+        Raises ConfigError for a model that carries an adapter.
+        """
+        model.require_no_update()
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.float32)
             parameter.requires_grad_(True)

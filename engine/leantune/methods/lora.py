@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from leantune.checkpoint.peft import load_adapter, write_lora_adapter
 from leantune.errors import CheckpointError, ConfigError
@@ -34,6 +33,10 @@ class LoRA:
     name = "lora"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.targets, str):
+            self.targets = list(self.targets)  # a tuple would not survive the JSON of a checkpoint
+            if not self.targets or not all(isinstance(name, str) for name in self.targets):
+                raise ConfigError(f"targets={self.targets!r} must be 'all-linear', names, or a regular expression")
         if self.rank < 1:
             raise ConfigError(f"rank={self.rank} must be at least 1")
         if not 0.0 <= self.dropout < 1.0:
@@ -62,10 +65,7 @@ class LoRA:
 
     def _targets(self, model: Decoder) -> list[Linear]:
         linears = model.linears()
-        if any(linear.lora is not None for linear in linears):
-            raise ConfigError(
-                "the model carries a LoRA adapter already; load the checkpoint anew, or save_merged() it and load that"
-            )
+        model.require_no_update()
         if self.targets == "all-linear":
             return linears
         names = [self.targets] if isinstance(self.targets, str) else list(self.targets)
@@ -84,13 +84,15 @@ class LoRA:
     def target_modules(self, model: Decoder) -> str | list[str]:
         """`target_modules` for PEFT: the targets as given, "all-linear" spelled out as the layers' names."""
         if self.targets == "all-linear":
-            return sorted({linear.path.rpartition(".")[2] for linear in updated(model)})
+            return sorted({linear.path.rpartition(".")[2] for linear in model.updated()})
         return self.targets
 
-    def save_adapter(self, model: Decoder, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Writes the adapter in PEFT's layout."""
+    def save_adapter(
+        self, model: Decoder, directory: str | os.PathLike[str], overwrite: bool = False, portable: bool = False
+    ) -> None:
+        """Writes the adapter in PEFT's layout; see Model.save_adapter."""
         modules, ranks, alphas = {}, {}, {}
-        for linear in updated(model):
+        for linear in model.updated():
             assert linear.lora is not None
             lora = linear.lora
             modules[linear.path] = (lora.A.detach(), lora.B.detach())
@@ -112,6 +114,7 @@ class LoRA:
             rank_pattern={re.escape(k): v for k, v in ranks.items()},
             alpha_pattern={re.escape(k): v for k, v in alphas.items()},
             overwrite=overwrite,
+            portable=portable,
         )
 
     @classmethod
@@ -133,8 +136,7 @@ class LoRA:
                     f"{directory}: the adapter has a module {path!r}, which this model lacks; it was trained on "
                     f"{config.get('base_model_name_or_path')!r}"
                 )
-        if any(linear.lora is not None for linear in linears.values()):
-            raise ConfigError("the model carries a LoRA adapter already; load the checkpoint anew first")
+        model.require_no_update()
         for path, pair in file.tensors.items():
             _check_shapes(linears[path], pair, directory)
         for parameter in model.parameters():
@@ -164,11 +166,6 @@ def matches(targets: str | list[str], path: str) -> bool:
         except re.error as error:
             raise ConfigError(f"targets={targets!r} is not a valid regular expression: {error}") from error
     return any(path == name or path.endswith(f".{name}") for name in targets)
-
-
-def updated(model: nn.Module) -> list[Linear]:
-    """The linear layers that carry a low-rank update."""
-    return [m for m in model.modules() if isinstance(m, Linear) and m.lora is not None]
 
 
 def _check_rank(rank: int, linear: Linear) -> None:

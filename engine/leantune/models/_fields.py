@@ -1,4 +1,4 @@
-"""Reading config.json: every field is either used, known to be harmless, or refused by name."""
+"""Reading config.json: helpers that use a field, or refuse it by name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ def required(raw: dict[str, Any], name: str) -> Any:
     if raw.get(name) is None:
         raise ConfigError(f"config.json: {name!r} is missing; is this directory a complete Hugging Face checkpoint?")
     return raw[name]
+
+
+def count(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A positive whole number; `default` where absent or null, ConfigError where there is none."""
+    value = raw.get(name)
+    if value is None:
+        value = required(raw, name) if default is None else default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"config.json: {name}={value!r} must be a positive integer")
+    return value
 
 
 def must_be(raw: dict[str, Any], name: str, *allowed: Any) -> None:
@@ -61,8 +71,8 @@ def rope(raw: dict[str, Any]) -> RopeConfig:
     factor = number({"factor": required(given, "factor")}, "factor", 1.0, where)
     if kind == "linear":
         return RopeConfig(theta=theta, kind=kind, factor=factor)
-    original = given.get("original_max_position_embeddings") or required(raw, "max_position_embeddings")
+    original = count({**raw, **given}, "original_max_position_embeddings", count(raw, "max_position_embeddings"))
     low, high = number(given, "low_freq_factor", 1.0, where), number(given, "high_freq_factor", 4.0, where)
     if low >= high:
         raise ConfigError(f"config.json: {where}low_freq_factor={low} must be below high_freq_factor={high}")
-    return RopeConfig(theta, kind, factor, low, high, int(original))
+    return RopeConfig(theta, kind, factor, low, high, original)

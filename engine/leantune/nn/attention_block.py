@@ -45,8 +45,8 @@ class AttentionBlock:
 
     def __init__(self, config: DecoderConfig, norm: RMSNorm, attn: Attention) -> None:
         self.norm = norm
-        self.qkv = LinearGroup(attn.q_proj, attn.k_proj, attn.v_proj)
-        self.o = LinearGroup(attn.o_proj)
+        self.qkv = LinearGroup(attn, "q_proj", "k_proj", "v_proj")
+        self.o = LinearGroup(attn, "o_proj")
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip

@@ -38,7 +38,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and constants of a decoder-only transformer, in Hugging Face's terms. Checked on construction."""
+    """Shape and constants of a decoder-only transformer, in Hugging Face's terms; sizes are positive."""
 
     model_type: str
     vocab_size: int
@@ -58,11 +58,6 @@ class DecoderConfig:
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as it was
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"config.json: {name}={value!r} must be a positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config.json: num_attention_heads={self.num_attention_heads} is not a multiple of "

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from leantune.errors import ConfigError
 from leantune.nn.arena import Arena
 from leantune.nn.attention_block import Attention, AttentionBlock, RMSNorm
 from leantune.nn.batch import Packed
@@ -76,6 +77,17 @@ class Decoder(nn.Module):
         """The linear layers inside the transformer layers (the vocabulary head is not among them), in order."""
         return [m for m in self.model.layers.modules() if isinstance(m, Linear)]
 
+    def updated(self) -> list[Linear]:
+        """The linear layers that carry a low-rank update, merged or not."""
+        return [linear for linear in self.linears() if linear.lora is not None]
+
+    def require_no_update(self) -> None:
+        """ConfigError if the model carries an adapter, which the caller is about to train past or to replace."""
+        if self.updated():
+            raise ConfigError(
+                "the model carries a LoRA adapter already; load the checkpoint anew, or save_merged() it and load that"
+            )
+
     @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
@@ -113,7 +125,10 @@ class Decoder(nn.Module):
         return F.linear(normed, self.lm_head.weight.to(normed.dtype))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[batch, length] ids of equally long sequences -> [batch, length, vocab_size] logits."""
+        """[batch, length] ids of equally long sequences -> [batch, length, vocab_size] logits.
+
+        No dropout is applied here, in training mode either: a mask needs the step it belongs to (see `packed`).
+        """
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length]")
         sequences, length = input_ids.shape

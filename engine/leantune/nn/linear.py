@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from leantune.errors import ConfigError
 from leantune.nn.arena import Arena, Buffer
 from leantune.nn.batch import Packed
 from leantune_kernels import dropout, low_rank
@@ -51,9 +52,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device="meta"), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         self.lora: LowRank | None = None
-        self.base: torch.Tensor | None = (
-            None  # the weight from before a merge; while it is set, the update is folded in
-        )
+        # The weight from before a merge; while it is set, the update is folded into `weight`.
+        self.base: torch.Tensor | None = None
         self.index = 0  # number of the layer within the model: part of the dropout key
 
     @property
@@ -86,10 +86,26 @@ def _dropped(x: torch.Tensor, linear: Linear, batch: Packed) -> torch.Tensor:
 class LinearGroup:
     """Linear layers that read the same input; their outputs lie side by side, [T, sum of out_features]."""
 
-    def __init__(self, *linears: Linear) -> None:
-        self.linears = linears
-        self.in_features = linears[0].in_features
-        self.out_features = sum(linear.out_features for linear in linears)
+    def __init__(self, owner: nn.Module, *names: str) -> None:
+        """The sub-modules `names` of `owner`; they are looked up at every use, so replacing one takes effect."""
+        self._owner, self._names = owner, names
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The layers, in the order of their outputs. Raises ConfigError where one is not a Linear any more."""
+        found = [getattr(self._owner, name) for name in self._names]
+        for name, linear in zip(self._names, found, strict=True):
+            if not isinstance(linear, Linear):
+                raise ConfigError(f"{name} was replaced by a {type(linear).__name__}; it must be a leantune.nn.Linear")
+        return found
+
+    @property
+    def in_features(self) -> int:
+        return self.linears[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return sum(linear.out_features for linear in self.linears)
 
     def tensors(self) -> list[torch.Tensor | None]:
         return [t for linear in self.linears for t in linear.tensors()]
@@ -187,7 +203,7 @@ class LinearGroup:
 
 
 def fold_from(in_features: int, out_features: int) -> int:
-    """Tokens from which forming W + s*B*A costs less than two skinny products: K*N / (K + N), see docs of LoRA."""
+    """Tokens from which forming W + s*B*A costs less than two skinny products: 2rKN against 2Tr(K + N) operations."""
     return in_features * out_features // (in_features + out_features)
 
 

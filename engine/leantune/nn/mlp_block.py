@@ -51,8 +51,8 @@ class MLPBlock:
 
     def __init__(self, config: DecoderConfig, norm: RMSNorm, mlp: MLP) -> None:
         self.norm = norm
-        self.gate_up = LinearGroup(mlp.gate_proj, mlp.up_proj)
-        self.down = LinearGroup(mlp.down_proj)
+        self.gate_up = LinearGroup(mlp, "gate_proj", "up_proj")
+        self.down = LinearGroup(mlp, "down_proj")
         self.width = config.intermediate_size
         self.activation = ACTIVATIONS[config.hidden_act]
 
