@@ -14,6 +14,7 @@ ENGINE, KERNELS = ROOT / "engine" / "leantune", ROOT / "kernels" / "leantune_ker
 # do not know each other.
 LEVELS = {
     "errors": 0,
+    "__version__": 0,
     "nn": 1, "checkpoint": 1, "data": 1, "optim": 1,
     "models": 2, "methods": 2,
     "config": 3, "metrics": 3, "display": 3, "model": 3,

@@ -203,15 +203,16 @@ bool take_openmp(void *scope, openmp *o) {
     return true;
 }
 
-int take_by_name(dl_phdr_info *info, size_t, void *found) {
+int find_by_name(dl_phdr_info *info, size_t, void *found) {
     const char *path = info->dlpi_name ? info->dlpi_name : "";
     const char *slash = strrchr(path, '/');
     const char *file = slash ? slash + 1 : path;
     if (strncmp(file, "libgomp", 7) && strncmp(file, "libiomp5", 8) && strncmp(file, "libomp.", 7) &&
         strncmp(file, "libomp-", 7))
         return 0;
-    void *library = dlopen(path, RTLD_NOLOAD | RTLD_LAZY);
-    return library && take_openmp(library, static_cast<openmp *>(found));
+    openmp *o = static_cast<openmp *>(found);
+    snprintf(o->name, sizeof o->name, "%s", path); // opened later: the linker's lock is held here
+    return 1;
 }
 
 // PyTorch's own where PyTorch is loaded, however many others came first (scikit-learn's wheel brings one, too): its
@@ -222,8 +223,8 @@ openmp borrow_openmp() {
     void *torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
     if (take_openmp(RTLD_DEFAULT, &o) || (torch && take_openmp(torch, &o)))
         return o;
-    dl_iterate_phdr(take_by_name, &o);
-    return o;
+    void *library = dl_iterate_phdr(find_by_name, &o) ? dlopen(o.name, RTLD_NOLOAD | RTLD_LAZY) : nullptr;
+    return library && take_openmp(library, &o) ? o : openmp();
 }
 
 openmp runtime;                        // set by lt_adopt_openmp, before any kernel runs

@@ -402,21 +402,25 @@ class Trainer:
         mine = self._meta()
         if meta["model"] != mine["model"]:
             raise CheckpointError(f"{path}: it belongs to another base model than the one loaded now")
-        if (meta["trainable"], meta["method"]) != (mine["trainable"], mine["method"]):
-            raise CheckpointError(
-                f"{path}: it was trained with {meta['method']}, this run has {mine['method']}; apply the same method"
-            )
         if meta["data"] != mine["data"]:
-            raise CheckpointError(f"{path}: its training data or tokenizer differ from those given now")
-        for name, value in meta["settings"].items():
-            now = mine["settings"].get(name)
-            if now == value:
+            dated = "; the chat template writes today's date into it, so set the clock back or start anew"
+            raise CheckpointError(
+                f"{path}: its training data or tokenizer differ from those given now{dated if self.data.dated else ''}"
+            )
+        before, now = ((m["method"] or {}) | m["settings"] for m in (meta, mine))
+        for name in sorted(before.keys() | now.keys()):
+            old, new = before.get(name), now.get(name)
+            if old == new:
                 continue
             if name not in _NOTED:
                 raise CheckpointError(
-                    f"{path}: it was made with {name}={value!r}, this run has {now!r}; resume with the same {name}"
+                    f"{path}: it was made with {name}={old!r}, this run has {new!r}; resume with the same {name}"
                 )
-            self._display.note(f"{name} was {value!r} until step {meta['step']} and is {now!r} from here on")
+            self._display.note(f"{name} was {old!r} until step {meta['step']} and is {new!r} from here on")
+        if meta["trainable"] != mine["trainable"]:
+            raise CheckpointError(
+                f"{path}: it trains other parameters than this run; apply the method it was made with"
+            )
         if meta["threads"] != mine["threads"]:
             self._display.note(
                 f"the run used {meta['threads']} threads, now it is {mine['threads']}: the vendor's products may round "
@@ -431,7 +435,9 @@ class Trainer:
 
 def _described(method: Any) -> dict[str, Any] | None:
     """A method and its settings, as JSON gives them back; None where parameters were unfrozen by hand."""
-    return None if method is None else {"name": method.name, **asdict(method)}
+    if method is None:
+        return None
+    return {"method": method.name} | {f"{method.name} {name}": value for name, value in asdict(method).items()}
 
 
 def _fingerprint(model: Decoder) -> str:

@@ -37,13 +37,3 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 def address(x: torch.Tensor | None) -> int:
     """Address of the first element, 0 for None."""
     return 0 if x is None else x.data_ptr()
-
-
-def check_out(out: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
-    """`out` if it can take a result shaped like `like`; ValueError that names it otherwise."""
-    if out.shape != like.shape or (out.shape[-1] > 1 and out.stride(-1) != 1):
-        raise ValueError(
-            f"{name} has shape {tuple(out.shape)} and strides {out.stride()}; it must have shape "
-            f"{tuple(like.shape)} with its last dimension contiguous"
-        )
-    return out

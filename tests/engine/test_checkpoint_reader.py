@@ -54,7 +54,6 @@ def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
         reader = CheckpointReader(path)
         assert reader.names() == sorted(TENSORS)
         assert "scalar" in reader and "nothing" not in reader
-        assert reader.nbytes == sum(t.numel() * t.element_size() for t in TENSORS.values())
         for name, tensor in TENSORS.items():
             assert reader.shape(name) == tuple(tensor.shape) and reader.dtype(name) == tensor.dtype
             assert reader.get(name).dtype == tensor.dtype and torch.equal(reader.get(name), tensor)
@@ -238,7 +237,7 @@ def test_flipped_bytes_never_crash(valid: Path, flips: list[tuple[int, int]]) ->
 
 def test_sharded(tmp_path: Path) -> None:
     reader = CheckpointReader(shards(tmp_path))
-    assert reader.names() == ["a", "b"] and reader.nbytes == 20
+    assert reader.names() == ["a", "b"]
     assert torch.equal(reader.get("a"), torch.ones(2)) and torch.equal(reader.get("b"), torch.zeros(3))
 
 

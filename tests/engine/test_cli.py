@@ -167,7 +167,7 @@ def test_resume_of_a_finished_run_says_so(finished: Path) -> None:
 
 
 def test_resume_refuses_other_settings_and_an_empty_directory(finished: Path, tmp_path: Path) -> None:
-    refused(leantune("train", finished / "recipe.toml", "--resume", "--seed", 1), "resume with the same seed")
+    refused(leantune("train", finished / "recipe.toml", "--resume", "--seed", 1), "resume with the same lora seed")
     refused(leantune("train", finished / "recipe.toml", "--resume", "--out", tmp_path / "no"), "no complete checkpoint")
     refused(leantune("train", finished / "recipe.toml", "--resume", "--overwrite"), "give one of them")
 
@@ -262,8 +262,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     _, stderr = endless.communicate(timeout=60)
     assert endless.returncode == 130, stderr
     assert "--resume" in stderr and "Traceback" not in stderr
-    (saved,) = (tmp_path / "endless").glob("checkpoint-*")
-    assert saved.name == f"checkpoint-{rows(tmp_path / 'endless')[-1]['step']}"
+    assert (tmp_path / "endless" / f"checkpoint-{rows(tmp_path / 'endless')[-1]['step']}").is_dir()
     assert not (tmp_path / "endless" / "adapter").exists()
 
 

@@ -169,6 +169,17 @@ def test_we_read_what_peft_writes(tiny_directory, tmp_path):
     torch.testing.assert_close(back(IDS).logits, expected, rtol=0, atol=1e-4)
 
 
+def test_a_portable_adapter_computes_the_same(tiny_directory, tmp_path):
+    model = lt.load(tiny_directory)
+    lt.LoRA(rank=4, use_rslora=True).apply(model)
+    randomise(model)
+    model.save_adapter(tmp_path / "portable", portable=True)
+    again = lt.load(tiny_directory)
+    again.load_adapter(tmp_path / "portable")
+    assert (again.method.alpha, again.method.use_rslora) == (again.method.rank, False)
+    torch.testing.assert_close(again(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+
+
 def test_merged_checkpoint_is_rounded_once(tiny_directory, tmp_path):
     model = lt.load(tiny_directory)
     lt.LoRA(rank=4).apply(model)

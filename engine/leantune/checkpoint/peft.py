@@ -272,14 +272,14 @@ def _check_target_modules(targets: object, source: str) -> None:
             '["q_proj", "v_proj"], or one regular expression'
         )
     if isinstance(targets, str):
-        _check_expression(targets, "target_modules", source)
+        _check_expression(targets, f"target_modules={targets!r}", source)
 
 
 def _check_expression(expression: str, name: str, source: str) -> None:
     try:
         re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{source}: {name} {expression!r} is no regular expression: {error}") from error
+        raise CheckpointError(f"{source}: {name} is no regular expression: {error}") from error
 
 
 def _check_pattern(patterns: object, name: str, source: str, whole: bool) -> None:
@@ -287,7 +287,7 @@ def _check_pattern(patterns: object, name: str, source: str, whole: bool) -> Non
         raise CheckpointError(f"{source}: {name}={patterns!r} must map module names to numbers")
     for key, value in patterns.items():
         _check_number(value, f"{name}[{key!r}]", source, whole=whole)
-        _check_expression(key, f"{name} key", source)
+        _check_expression(rf"(.*\.)?({key})$", f"{name} key {key!r}", source)
 
 
 def _check_number(value: object, name: str, source: str, whole: bool = False) -> None:

@@ -63,11 +63,6 @@ class CheckpointReader:
         """Element type of a tensor, without touching its data."""
         return self._entry(name).dtype
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors, in bytes."""
-        return sum(entry.end - entry.begin for entry in map(self._entry, self._shards))
-
     def get(self, name: str) -> torch.Tensor:
         """The tensor `name` on the CPU, in the dtype of the file.
 

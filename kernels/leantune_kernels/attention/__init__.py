@@ -12,6 +12,7 @@ import itertools
 
 import torch
 
+from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
@@ -45,8 +46,10 @@ def forward(
     causal: bool,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o [T, Hq, D], lse [Hq, T] fp32); o goes to `out` where given."""
+    """(o [T, Hq, D], lse [Hq, T] fp32); o goes to `out` where given. ValueError for what does not fit q."""
     _check(q, k, v, cu_seqlens)
+    if out is not None:
+        expect("out", out, q.shape, q.dtype, q.device, written=True)
     return OP.pick(q).forward(q, k, v, cu_seqlens, scale, causal, out)
 
 
@@ -66,26 +69,29 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) for the upstream gradient `do` [T, Hq, D]; each goes to its tensor where given.
 
-    o and lse are what `forward` returned for the same q, k, v. The results may be slices of one buffer.
+    o and lse are what `forward` returned for the same q, k, v. The results may be slices of one buffer. Raises
+    ValueError for what does not fit q, k, v.
     """
+    _check(q, k, v, cu_seqlens)
+    expect("do", do, q.shape, q.dtype, q.device)
+    expect("o", o, q.shape, q.dtype, q.device)
+    expect("lse", lse, (q.shape[1], q.shape[0]), torch.float32, q.device)
+    for name, result, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+        if result is not None:
+            expect(name, result, like.shape, q.dtype, q.device, written=True)
     return OP.pick(q).backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq, dk, dv)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    if q.dim() != 3:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [tokens, heads, head_dim]")
+    expect_dims("q", q, "tokens", "heads", "head_dim")
+    expect_dims("k", k, "tokens", "kv_heads", "head_dim")
     tokens, heads, dim = q.shape
     for name, x in (("k", k), ("v", v)):
-        if x.dim() != 3 or x.shape != (tokens, k.shape[1], dim):
-            needed = f"[{tokens}, kv_heads, {dim}] for q with shape {tuple(q.shape)}"
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {needed}, k and v alike")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}; q has {q.dtype}, and all three must agree")
+        expect(name, x, (tokens, k.shape[1], dim), q.dtype, q.device)
     if heads == 0 or k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"q has {heads} heads; they must be a multiple of the {k.shape[1]} heads of k and v")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        found = f"dtype {cu_seqlens.dtype}, shape {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"cu_seqlens has {found}; it must be int32 [sequences + 1]")
+    expect_dims("cu_seqlens", cu_seqlens, "sequences + 1")
+    expect("cu_seqlens", cu_seqlens, (max(1, cu_seqlens.numel()),), torch.int32, q.device)
     if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):

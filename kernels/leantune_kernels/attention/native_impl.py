@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.native import DTYPE_CODES, check_out, lib, refuses, rows
+from leantune_kernels.native import DTYPE_CODES, lib, refuses, rows
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -13,17 +13,13 @@ def _view(x: torch.Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
-def _result(out: torch.Tensor | None, like: torch.Tensor, name: str) -> torch.Tensor:
-    if out is None:
-        return torch.empty(like.shape, dtype=like.dtype)
-    if out.dtype != like.dtype:
-        raise ValueError(f"{name} has dtype {out.dtype}; it must have {like.dtype}")
-    return check_out(out, like, name)
+def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype) if out is None else out
 
 
 def forward(q, k, v, cu_seqlens, scale, causal, out=None):  # type: ignore[no-untyped-def]
     q, k, v, cu_seqlens = rows(q), rows(k), rows(v), cu_seqlens.contiguous()
-    o = _result(out, q, "out")
+    o = _result(out, q)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
     lib.attention_forward(
         DTYPE_CODES[q.dtype], *_view(q), *_view(k), *_view(v), *_view(o), lse.data_ptr(),
@@ -33,8 +29,9 @@ def forward(q, k, v, cu_seqlens, scale, causal, out=None):  # type: ignore[no-un
 
 
 def backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None):  # type: ignore[no-untyped-def]
-    do, q, k, v, o, cu_seqlens = rows(do), rows(q), rows(k), rows(v), rows(o), cu_seqlens.contiguous()
-    dq, dk, dv = _result(dq, q, "dq"), _result(dk, k, "dk"), _result(dv, v, "dv")
+    do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
+    lse, cu_seqlens = lse.contiguous(), cu_seqlens.contiguous()
+    dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
     lib.attention_backward(
         DTYPE_CODES[q.dtype], *_view(do), *_view(q), *_view(k), *_view(v), *_view(o), lse.data_ptr(),
         *_view(dq), *_view(dk), *_view(dv),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.checks import expect
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
@@ -32,11 +33,10 @@ def forward(x: torch.Tensor, p: float, seed: int, offset: int, out: torch.Tensor
     The backward pass is this same call on the upstream gradient.
     """
     check(p, seed, offset)
-    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous()):
-        raise ValueError(
-            f"out is {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()}; it must be "
-            f"contiguous {x.dtype} of shape {tuple(x.shape)}"
-        )
+    if out is not None:
+        expect("out", out, x.shape, x.dtype, x.device)
+        if not out.is_contiguous():
+            raise ValueError(f"out has strides {out.stride()} for shape {tuple(out.shape)}; it must be contiguous")
     return OP.pick(x).forward(x, threshold(p), 1.0 / (1.0 - p), seed, offset, out)
 
 

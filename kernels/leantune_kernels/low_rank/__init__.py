@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
@@ -41,11 +42,11 @@ def lora_linear(
     weight [N, K] and bias [N] have x's dtype; A [r, K] and B [N, r] are float32. Raises ValueError otherwise.
     """
     inputs = x.shape[-1]
-    _check_factors(A, B, weight.shape[0], inputs)
-    if weight.shape[1:] != x.shape[-1:] or weight.dtype != x.dtype:
-        raise ValueError(
-            f"weight is {weight.dtype} {tuple(weight.shape)}; x needs {x.dtype} [outputs, {inputs}]"
-        )
+    expect_dims("weight", weight, "N", "K")
+    _check_factors(A, B, weight.shape[0], inputs, x.device)
+    expect("weight", weight, (weight.shape[0], inputs), x.dtype, x.device)
+    if bias is not None:
+        expect("bias", bias, weight.shape[:1], x.dtype, x.device)
     return _LoRALinear.apply(x, weight, bias, A, B, scale)
 
 
@@ -60,14 +61,15 @@ def merge(
 
     weight: float32, bfloat16 or float16. `out` may be a slice of a larger buffer, or a float32 weight itself.
     """
+    expect_dims("weight", weight, "N", "K")
     if A is None or B is None:
         outputs, inputs = weight.shape
         A = torch.empty((0, inputs), dtype=torch.float32, device=weight.device)
         B = torch.empty((outputs, 0), dtype=torch.float32, device=weight.device)
-    _check_factors(A, B, *weight.shape)
+    _check_factors(A, B, weight.shape[0], weight.shape[1], weight.device)
     if out is None:
         out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    _check_target(out, weight.shape, torch.float32, "out")
+    expect("out", out, weight.shape, torch.float32, weight.device, written=True)
     OP.pick(weight).merge(weight, A, B, scale, out)
     return out
 
@@ -99,28 +101,26 @@ def gradients_group(
     accumulate: bool = False,
 ) -> list[Gradients]:
     """[(dA, dB)] of `adapters` that share the input `x` [T, K], which is read once; see `gradients`."""
+    expect_dims("x", x, "T", "K")
     for dy, A, B, _ in adapters:
-        _check_factors(A, B, dy.shape[-1], x.shape[1])
-        if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
-            raise ValueError(
-                f"dy is {dy.dtype} {tuple(dy.shape)}; it must have the rows and dtype of x, "
-                f"{x.dtype} {tuple(x.shape)}"
-            )
+        _check_factors(A, B, dy.shape[-1], x.shape[1], x.device)
+        expect("dy", dy, (x.shape[0], B.shape[0]), x.dtype, x.device)
     if out is None:
         if accumulate:
             raise ValueError("accumulate=True needs dA and dB (or `out`) to add to")
         out = [(torch.empty_like(a.A), torch.empty_like(a.B)) for a in adapters]
     for (dA, dB), (_, A, B, _) in zip(out, adapters, strict=True):
-        _check_target(dA, A.shape, torch.float32, "dA")
-        _check_target(dB, B.shape, torch.float32, "dB")
+        expect("dA", dA, A.shape, torch.float32, x.device, written=True)
+        expect("dB", dB, B.shape, torch.float32, x.device, written=True)
     OP.pick(x).gradients_group(x, adapters, out, accumulate)
     return out
 
 
 def add_(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """y [T, N] += scale * (x A^T) B^T in place; returns y. For few tokens, and for an x after dropout."""
-    _check_factors(A, B, y.shape[-1], x.shape[-1])
-    _check_target(y, (x.shape[0], B.shape[0]), x.dtype, "y")
+    expect_dims("x", x, "T", "K")
+    _check_factors(A, B, y.shape[-1], x.shape[1], x.device)
+    expect("y", y, (x.shape[0], B.shape[0]), x.dtype, x.device, written=True)
     OP.pick(x).add_(y, x, A.t(), B.t(), scale)
     return y
 
@@ -129,13 +129,14 @@ def input_gradient_(
     dx: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """dx [T, K] += scale * (dy B) A in place; returns dx."""
-    _check_factors(A, B, dy.shape[-1], dx.shape[-1])
-    _check_target(dx, (dy.shape[0], A.shape[1]), dy.dtype, "dx")
+    expect_dims("dy", dy, "T", "N")
+    _check_factors(A, B, dy.shape[1], dx.shape[-1], dy.device)
+    expect("dx", dx, (dy.shape[0], A.shape[1]), dy.dtype, dy.device, written=True)
     OP.pick(dy).add_(dx, dy, B, A, scale)
     return dx
 
 
-def _check_factors(A: torch.Tensor, B: torch.Tensor, outputs: int, inputs: int) -> None:
+def _check_factors(A: torch.Tensor, B: torch.Tensor, outputs: int, inputs: int, device: torch.device) -> None:
     if A.dim() != 2 or A.shape[1] != inputs or B.shape != (outputs, A.shape[0]):
         raise ValueError(
             f"A and B have shapes {tuple(A.shape)} and {tuple(B.shape)}; a layer of {inputs} inputs and "
@@ -143,14 +144,8 @@ def _check_factors(A: torch.Tensor, B: torch.Tensor, outputs: int, inputs: int) 
         )
     if A.dtype != torch.float32 or B.dtype != torch.float32:
         raise ValueError(f"A and B are {A.dtype} and {B.dtype}; use float32, in which adapters are trained")
-
-
-def _check_target(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
-    if out.shape != shape or out.dtype != dtype or (shape[-1] > 1 and out.stride(-1) != 1):
-        raise ValueError(
-            f"{name} is {out.dtype} with shape {tuple(out.shape)} and strides {out.stride()}; "
-            f"it must be {dtype} {tuple(shape)} with its last dimension contiguous"
-        )
+    if A.device != device or B.device != device:
+        raise ValueError(f"A and B are on {A.device} and {B.device}; the layer they adapt is on {device}")
 
 
 class _LoRALinear(torch.autograd.Function):

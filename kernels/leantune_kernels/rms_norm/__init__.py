@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
@@ -15,18 +16,17 @@ OP = Op(__name__)
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """RMSNorm of `x` [..., H] by `weight` [H], differentiable in both.
 
-    x: float32, bfloat16 or float16, any strides; the result has its dtype and shape. weight: x's dtype or float32.
+    x and weight: float32, bfloat16 or float16, each its own, any strides; the result has x's dtype and shape.
     Statistics and sums are fp32. Raises ValueError for a weight that does not fit.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; x with shape {tuple(x.shape)} needs [{x.shape[-1]}]")
     return _RMSNorm.apply(x, weight, eps)
 
 
 def forward(
     x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, rstd) for x [T, H]; y goes to `out` where given."""
+    """(y, rstd) for x [T, H]; y goes to `out` where given. ValueError for what does not fit x."""
+    _check(x, weight, out)
     return OP.pick(x).forward(x, weight, eps, out)
 
 
@@ -39,8 +39,23 @@ def backward(
     out: torch.Tensor | None = None,
     need_dweight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(dx [T, H], dweight [H] fp32 or None). `residual` [T, H] is added to dx; `out` takes dx and may be dy."""
+    """(dx [T, H], dweight [H] fp32 or None). `residual` [T, H] is added to dx; `out` takes dx and may be dy.
+
+    dy and residual have x's dtype, rstd is float32 [T]. Raises ValueError for what does not fit x.
+    """
+    _check(x, weight, out)
+    expect("dy", dy, x.shape, x.dtype, x.device)
+    expect("rstd", rstd, x.shape[:1], torch.float32, x.device)
+    if residual is not None:
+        expect("residual", residual, x.shape, x.dtype, x.device)
     return OP.pick(x).backward(dy, x, weight, rstd, residual, out, need_dweight)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> None:
+    expect_dims("x", x, "T", "H")
+    expect("weight", weight, x.shape[1:], weight.dtype if weight.dtype in FLOATS else x.dtype, x.device)
+    if out is not None:
+        expect("out", out, x.shape, x.dtype, x.device, written=True)
 
 
 class _RMSNorm(torch.autograd.Function):

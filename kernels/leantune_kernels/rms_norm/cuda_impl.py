@@ -7,7 +7,7 @@ from ctypes import c_float, c_int
 import torch
 
 from leantune_kernels.cuda import call, refuses
-from leantune_kernels.native import DTYPE_CODES, check_out, rows
+from leantune_kernels.native import DTYPE_CODES, rows
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -16,7 +16,7 @@ ROWS_PER_PARTIAL = 256  # kRowsPerPartial in cuda.cu
 
 def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
     x, weight = rows(x), weight.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else check_out(out, x, "out")
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     call(
         "rms_norm_forward", c_int(DTYPE_CODES[x.dtype]), x, x.stride(0), c_int(DTYPE_CODES[weight.dtype]), weight,
@@ -26,9 +26,9 @@ def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
 
 
 def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False):  # type: ignore[no-untyped-def]
-    dy, x, weight = rows(dy), rows(x), weight.contiguous()
+    dy, x, weight, rstd = rows(dy), rows(x), weight.contiguous(), rstd.contiguous()
     residual = None if residual is None else rows(residual)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else check_out(out, x, "out")
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     dweight = partials = None
     if need_dweight:
         dweight = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)

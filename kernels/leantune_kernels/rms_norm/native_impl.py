@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.native import DTYPE_CODES, address, check_out, lib, refuses, rows
+from leantune_kernels.native import DTYPE_CODES, address, lib, refuses, rows
 
 __all__ = ["backward", "forward", "refuses"]
 
 
 def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
     x, weight = rows(x), weight.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype) if out is None else check_out(out, x, "out")
+    y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     rstd = torch.empty(x.shape[0], dtype=torch.float32)
     lib.rms_norm_forward(
         DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), DTYPE_CODES[weight.dtype], weight.data_ptr(),
@@ -21,9 +21,9 @@ def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
 
 
 def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False):  # type: ignore[no-untyped-def]
-    dy, x, weight = rows(dy), rows(x), weight.contiguous()
+    dy, x, weight, rstd = rows(dy), rows(x), weight.contiguous(), rstd.contiguous()
     residual = None if residual is None else rows(residual)
-    dx = torch.empty(x.shape, dtype=x.dtype) if out is None else check_out(out, x, "out")
+    dx = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     dweight = torch.empty(x.shape[1], dtype=torch.float32) if need_dweight else None
     lib.rms_norm_backward(
         DTYPE_CODES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),

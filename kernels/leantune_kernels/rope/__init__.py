@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.checks import expect
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
@@ -45,13 +46,9 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: tor
             f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; both must be "
             f"[positions, rotary_dim / 2] with rotary_dim <= head_dim={x.shape[2]}"
         )
-    if cos.dtype != torch.float32 or sin.dtype != torch.float32:
-        raise ValueError(f"cos and sin are {cos.dtype} and {sin.dtype}; use float32")
-    if positions.shape != x.shape[:1] or positions.dtype != torch.int64:
-        raise ValueError(
-            f"positions is {positions.dtype} {tuple(positions.shape)}; x has {x.shape[0]} tokens "
-            f"and needs int64 [{x.shape[0]}]"
-        )
+    for name, table in (("cos", cos), ("sin", sin)):
+        expect(name, table, cos.shape, torch.float32, x.device)
+    expect("positions", positions, x.shape[:1], torch.int64, x.device)
     if positions.numel():
         low, high = (int(v) for v in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
@@ -26,7 +27,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def forward(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """h for gate and up [T, I]; it goes to `out` where given (which may be gate or up)."""
+    """h for gate and up [T, I]; it goes to `out` where given (which may be gate or up).
+
+    Raises ValueError for an up or out unlike gate.
+    """
+    expect_dims("gate", gate, "T", "I")
+    expect("up", up, gate.shape, gate.dtype, gate.device)
+    if out is not None:
+        expect("out", out, gate.shape, gate.dtype, gate.device, written=True)
     return OP.pick(gate).forward(gate, up, out)
 
 
@@ -36,14 +44,11 @@ def backward_(
     """In place, all [T, I]: dh becomes h, gate becomes d_gate, up becomes d_up; returns the three.
 
     Rows may be any distance apart (gate and up may be halves of a buffer); the last dimension is contiguous.
+    Raises ValueError otherwise.
     """
+    expect_dims("gate", gate, "T", "I")
     for name, value in (("dh", dh), ("gate", gate), ("up", up)):
-        strided = value.shape[-1] > 1 and value.stride(-1) != 1
-        if value.shape != gate.shape or value.dtype != gate.dtype or strided:
-            raise ValueError(
-                f"{name} is {value.dtype} with shape {tuple(value.shape)} and strides {value.stride()}; "
-                f"it must be {gate.dtype} {tuple(gate.shape)} with its last dimension contiguous"
-            )
+        expect(name, value, gate.shape, gate.dtype, gate.device, written=True)
     OP.pick(gate).backward_(dh, gate, up)
     return dh, gate, up
 

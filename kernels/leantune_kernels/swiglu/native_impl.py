@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.native import DTYPE_CODES, check_out, lib, refuses, rows
+from leantune_kernels.native import DTYPE_CODES, lib, refuses, rows
 
 __all__ = ["backward_", "forward", "refuses"]
 
 
 def forward(gate, up, out=None):  # type: ignore[no-untyped-def]
     gate, up = rows(gate), rows(up)
-    h = torch.empty(gate.shape, dtype=gate.dtype) if out is None else check_out(out, gate, "out")
+    h = torch.empty(gate.shape, dtype=gate.dtype) if out is None else out
     lib.swiglu_forward(
         DTYPE_CODES[gate.dtype], gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
         h.data_ptr(), h.stride(0), gate.shape[0], gate.shape[1],

@@ -1,0 +1,34 @@
+"""What every op asks of its tensors before a kernel sees their addresses; a few hundred nanoseconds a tensor."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def expect(
+    name: str,
+    value: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    written: bool = False,
+) -> None:
+    """ValueError that names the argument unless `value` is of this shape, dtype and device.
+
+    `written`: a kernel writes to it where it lies, so that its last dimension must be contiguous too.
+    """
+    strided = written and value.shape[-1:] > (1,) and value.stride(-1) != 1
+    if value.shape != shape or value.dtype != dtype or value.device != device or strided:
+        raise ValueError(
+            f"{name} is {value.dtype} with shape {tuple(value.shape)} and strides {value.stride()} on "
+            f"{value.device}; it must be {dtype} {tuple(shape)} on {device}"
+            + (" with its last dimension contiguous" if written else "")
+        )
+
+
+def expect_dims(name: str, value: torch.Tensor, *dims: str) -> None:
+    """ValueError that names the argument unless `value` has as many dimensions as `dims` describes."""
+    if value.dim() != len(dims):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be [{', '.join(dims)}]")
