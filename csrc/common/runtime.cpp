@@ -178,7 +178,7 @@ class pool {
 // ---- the OpenMP runtime that the process has already ----------------------------------------------------------------
 
 struct openmp {
-    char name[256] = "";
+    char name[4096] = "";
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
     int (*thread_num)() = nullptr;
     int (*max_threads)() = nullptr;

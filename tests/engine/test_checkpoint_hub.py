@@ -71,7 +71,8 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pyt
         "x" * 97,
     ],
 )
-def test_what_looks_like_a_path_is_one(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_what_looks_like_a_path_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.chdir(tmp_path)  # where none of them exists
     calls = answer(monkeypatch, AssertionError("the hub must not be asked"))
     with pytest.raises(CheckpointError, match="does not exist; check the path") as caught:
         resolve(text)

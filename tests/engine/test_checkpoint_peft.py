@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from leantune.checkpoint.peft import AdapterFile, load_adapter, portable, save_adapter, write_lora_adapter
+from leantune.checkpoint.peft import AdapterFile, as_portable, load_adapter, save_adapter, write_lora_adapter
 from leantune.errors import CheckpointError
 
 peft = pytest.importorskip("peft")
@@ -111,8 +111,7 @@ def test_peft_computes_the_same_from_what_we_write(tmp_path: Path, variant: dict
     expected = our_logits(load_adapter(tmp_path / "out"))
     assert (expected - base_model()(IDS).logits).abs().max() > 0.01, "the adapter does nothing"
     torch.testing.assert_close(peft_logits(tmp_path / "out"), expected, rtol=0, atol=1e-4)
-    portable_file = portable(load_adapter(tmp_path / "out"))
-    save_adapter(tmp_path / "portable", portable_file)
+    save_adapter(tmp_path / "portable", as_portable(load_adapter(tmp_path / "out")))
     torch.testing.assert_close(peft_logits(tmp_path / "portable"), expected, rtol=0, atol=1e-4)
     assert json.loads((tmp_path / "portable" / "adapter_config.json").read_text()).keys() == NEEDED_KEYS
 
@@ -195,6 +194,32 @@ def test_misreadings_of_other_loaders_are_named(tmp_path: Path, caplog: pytest.L
     assert all(word in caplog.text for word in ("use_rslora", "alpha_pattern", "rank_pattern", "vLLM", "llama.cpp"))
 
 
+def test_portable_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PEFT reads the same products from the portable form; nothing in it is left for a loader to misread."""
+    options = dict(VARIANTS["patterns"])
+    modules = random_pairs(options.pop("ranks"))
+    write(tmp_path / "plain", modules, **options)
+    caplog.clear()
+    write(tmp_path / "portable", modules, **options, portable=True)
+    assert caplog.text == ""
+    config = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
+    assert config.keys() == NEEDED_KEYS and config["r"] == config["lora_alpha"] == 4
+    deltas = [
+        {
+            name: module.get_delta_weight("default")
+            for name, module in peft.PeftModel.from_pretrained(base_model(), tmp_path / form).named_modules()
+            if hasattr(module, "get_delta_weight")
+        }
+        for form in ("plain", "portable")
+    ]
+    assert len(deltas[0]) == len(modules)
+    torch.testing.assert_close(deltas[0], deltas[1])
+    with pytest.raises(CheckpointError, match="r=0 must be a positive integer"):
+        write(tmp_path / "none", modules, rank=0, portable=True)
+    with pytest.raises(CheckpointError, match="the adapter has no tensors"):
+        write(tmp_path / "none", {}, portable=True)
+
+
 def test_existing_directory(tmp_path: Path) -> None:
     write(tmp_path / "a", random_pairs({"q_proj": 4}), alpha=1)
     with pytest.raises(CheckpointError, match="--overwrite"):
@@ -251,6 +276,19 @@ def test_what_is_not_written(tmp_path: Path, edits: dict[str, Any], message: str
         ({"r": True}, "r=True must be a positive integer"),
         ({"lora_alpha": None}, "lora_alpha=None must be a finite number"),
         ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\]=-1 must be a positive integer"),
+        ({"lora_alpha": 10**400}, "lora_alpha=10+ must be a finite number"),
+        ({"lora_alpha": "32"}, "lora_alpha='32' must be a finite number"),
+        ({"lora_dropout": "0.1"}, "lora_dropout='0.1' must be a finite number"),
+        ({"lora_dropout": None}, "lora_dropout=None must be a finite number"),
+        ({"lora_dropout": 1}, "lora_dropout=1 must be at least 0 and less than 1"),
+        ({"use_rslora": "no"}, "use_rslora='no' must be true or false"),
+        ({"target_modules": None}, "target_modules=None must be the names"),
+        ({"target_modules": []}, r"target_modules=\[\] must be the names"),
+        ({"target_modules": ["q_proj", 3]}, r"target_modules=\['q_proj', 3\] must be the names"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules={'q_proj': 1} must be the names"),
+        ({"target_modules": "q_proj("}, r"target_modules='q_proj\(' is no regular expression"),
+        ({"target_modules": "a{99999999999999999999}"}, "target_modules='a.*' is no regular expression"),
+        ({"alpha_pattern": {"(?i)q": 1}}, "alpha_pattern key .* is no regular expression"),
         ({"rank_pattern": [4]}, r"rank_pattern=\[4\] must map module names to numbers"),
         ({"rank_pattern": {"q_proj": 5}}, "the config gives rank 5"),
     ],
@@ -259,6 +297,16 @@ def test_configs_that_are_refused(tmp_path: Path, edits: dict[str, Any], message
     path = write(tmp_path / "a", random_pairs({"q_proj": 4})) / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | edits))
     with pytest.raises(CheckpointError, match=message):
+        load_adapter(path.parent)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "peft_type"])
+def test_keys_that_must_be_there(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "a", random_pairs({"q_proj": 4})) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"adapter_config.json: {key}=None"):
         load_adapter(path.parent)
 
 

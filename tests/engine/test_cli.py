@@ -168,7 +168,10 @@ def test_resume_of_a_finished_run_says_so(finished: Path) -> None:
 
 def test_resume_refuses_other_settings_and_an_empty_directory(finished: Path, tmp_path: Path) -> None:
     refused(leantune("train", finished / "recipe.toml", "--resume", "--seed", 1), "resume with the same lora seed")
-    refused(leantune("train", finished / "recipe.toml", "--resume", "--out", tmp_path / "no"), "no complete checkpoint")
+    refused(
+        leantune("train", finished / "recipe.toml", "--resume", "--out", tmp_path / "no"),
+        "holds no run; start without resume",
+    )
     refused(leantune("train", finished / "recipe.toml", "--resume", "--overwrite"), "give one of them")
 
 

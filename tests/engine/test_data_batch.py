@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from helpers_data import tokenizer
 from leantune import data
 from leantune.data import Sample, collate, plan_epoch
+from leantune.data.batch import IGNORED
 from leantune.errors import ConfigError, DataError
+from leantune.nn import decoder
 
 
 def sample(ids: list[int], mask: list[bool]) -> Sample:
@@ -39,6 +41,11 @@ def test_targets_shift_within_each_sequence() -> None:
     assert batch.to("meta").targets.device.type == "meta"
     with pytest.raises(DataError, match="indices is empty"):
         collate(samples, [])
+
+
+def test_the_network_ignores_the_targets_that_packing_leaves_out() -> None:
+    # Two constants, as leantune.nn imports nothing of leantune.data.
+    assert decoder.IGNORED == IGNORED
 
 
 def test_packing_keeps_every_target_of_each_sample() -> None:

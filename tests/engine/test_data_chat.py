@@ -206,6 +206,14 @@ def test_samples_are_compact_and_the_fingerprint_covers_tokens_and_masks() -> No
     assert data.chat(records[::-1], tokenizer()).fingerprint != dataset.fingerprint
 
 
+def test_a_template_that_asks_for_the_date_is_told() -> None:
+    records = [{"messages": [user("hello"), assistant("four")]}]
+    today = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHATML
+    assert data.chat(records, tokenizer(today)).dated
+    assert not data.chat(records, tokenizer("{# strftime_now #}{{ 'strftime_now' }}" + CHATML)).dated
+    assert not data.text([{"text": "hello"}], tokenizer(today)).dated
+
+
 def test_more_records_than_one_chunk_keep_their_order() -> None:
     records = [{"prompt": "hello", "completion": f"the answer {i}"} for i in range(1100)]
     dataset = data.chat(iter(records), tokenizer())

@@ -159,6 +159,18 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
             data.chat(source, tokenizer())
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_an_unreadable_file_is_named(tmp_path: Path, name: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")  # the superuser may read everything
+
+    path = write(tmp_path / name, GOOD_LINE)
+    monkeypatch.setattr(Path, call, refuse)
+    with pytest.raises(DataError, match=f"{name}: the data file cannot be read: Permission denied; check"):
+        data.chat(path, tokenizer())
+
+
 def test_a_column_that_fields_names_must_be_there() -> None:
     with pytest.raises(DataError, match=r"records\[0\]: no column 'question' to map; the record has 'prompt'"):
         data.chat([GOOD], tokenizer(), fields={"question": "prompt"})

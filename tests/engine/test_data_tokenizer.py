@@ -12,17 +12,14 @@ from leantune.errors import DataError
 
 
 def test_directory_gives_ids_specials_and_template(tmp_path: Path) -> None:
-    root = write_directory(tmp_path, pad_token="</s>")
+    root = write_directory(tmp_path)
     (root / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
     read = Tokenizer.from_directory(root)
     assert (read.bos_token, read.bos_token_id) == ("<s>", 0)
     assert (read.eos_token, read.eos_token_id) == ("<|im_end|>", 3)
-    assert read.pad_token_id == 1
     assert read.stop_ids == {1, 3}
     assert read.chat_template == CHATML
     assert read.vocab_size == backend().get_vocab_size()
-    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert {file.name for file in read.files} == names
     ids = read.encode("hello world<|im_end|>")
     assert read.decode(ids) == "hello world"
     assert read.decode(ids, skip_special_tokens=False) == "hello world<|im_end|>"
@@ -57,6 +54,45 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
         Tokenizer.from_directory(root)
 
 
+def test_a_template_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    root = write_directory(tmp_path)
+    (root / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"chat_template.jinja: not UTF-8 at byte 3; save the file as UTF-8"):
+        Tokenizer.from_directory(root)
+
+
+@pytest.mark.parametrize(
+    "entry", [3, {"default": "x"}, ["x"], [{"name": "default"}], [{"name": "default", "template": None}], False]
+)
+def test_a_malformed_template_entry_is_named(tmp_path: Path, entry: object) -> None:
+    root = write_directory(tmp_path, template=None, chat_template=entry)
+    with pytest.raises(DataError, match=r"tokenizer_config.json: chat_template must be a string or a list of"):
+        Tokenizer.from_directory(root)
+
+
+@pytest.mark.parametrize("ids", ["2", [1, "2"], 2.5, {"a": 1}])
+def test_malformed_stop_ids_are_named(tmp_path: Path, ids: object) -> None:
+    root = write_directory(tmp_path)
+    (root / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id=.* must be a token id or a list"):
+        Tokenizer.from_directory(root)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_an_unreadable_file_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_directory(tmp_path)
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied")  # the superuser may read everything
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read: Permission denied"):
+        Tokenizer.from_directory(root)
+
+
 def test_stored_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
     made = backend()
     made.enable_truncation(3)
@@ -72,7 +108,8 @@ def test_stored_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
 
 def test_offsets_keep_white_space_and_share_characters() -> None:
     text = "hello  world\n 😀é"
-    ids, offsets = tokenizer(adds_start=True).encode_with_offsets(text)
+    ((encoded, spans),) = tokenizer(adds_start=True).encode_batch([text], add_special_tokens=True)
+    ids, offsets = encoded.tolist(), [tuple(span) for span in spans.tolist()]
     assert ids[0] == 0
     assert offsets[0] == (0, 0)
     pieces = list(dict.fromkeys(offsets[1:]))

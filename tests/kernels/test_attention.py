@@ -162,22 +162,33 @@ def test_bounds_that_do_not_rise_from_zero_to_the_number_of_tokens(bounds):
 
 def test_arguments_that_do_not_fit():
     x, cu_seqlens = torch.randn(6, 4, 8), cumulative([6])
-    with pytest.raises(ValueError, match=r"cu_seqlens has dtype torch\.int64"):
+    with pytest.raises(ValueError, match=r"cu_seqlens is torch\.int64"):
         ops.attention(x, x, x, cu_seqlens.long())
     with pytest.raises(ValueError, match="q has 4 heads; they must be a multiple of the 3"):
         ops.attention(x, x[:, :3], x[:, :3], cu_seqlens)
-    with pytest.raises(ValueError, match=r"v has shape \(6, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"v is torch\.float32 with shape \(6, 4, 4\)"):
         ops.attention(x, x, x[..., :4], cu_seqlens)
-    with pytest.raises(ValueError, match="k has dtype"):
+    with pytest.raises(ValueError, match="k is torch.float16"):
         ops.attention(x, x.half(), x, cu_seqlens)
 
 
-def test_outputs_that_do_not_fit(implementation):
-    if implementation == "reference":
-        pytest.skip("the reference lets PyTorch object")
+def test_raw_forms_name_what_does_not_fit():
     x, cu_seqlens = torch.randn(6, 4, 8), cumulative([6])
-    with pytest.raises(ValueError, match=r"out has shape \(6, 4, 4\)"):
-        ops.forward(x, x, x, cu_seqlens, 1.0, True, out=x[..., :4])
+    half, short, strided = x.half(), x[:5], torch.empty(6, 8, 4).mT
+    for name, out in (("half", half), ("short", short), ("strided", strided), ("narrow", x[..., :4])):
+        with pytest.raises(ValueError, match="out is"):
+            ops.forward(x, x, x, cu_seqlens, 1.0, True, out=out)
+            pytest.fail(name)
     o, lse = ops.forward(x, x, x, cu_seqlens, 1.0, True)
-    with pytest.raises(ValueError, match="dk has dtype"):
-        ops.backward(x, x, x, x, o, lse, cu_seqlens, 1.0, True, dk=torch.empty(6, 4, 8, dtype=torch.float16))
+    right = {"do": x, "q": x, "k": x, "v": x, "o": o, "lse": lse, "cu_seqlens": cu_seqlens, "dq": x, "dk": x, "dv": x}
+    for name, bad in [
+        *((name, bad) for name in ("do", "o", "dq", "dk", "dv") for bad in (half, short)),
+        *((name, strided) for name in ("dq", "dk", "dv")),
+        ("k", short),
+        ("v", half),
+        ("lse", lse.double()),
+        ("lse", lse[:, :5]),
+        ("cu_seqlens", cu_seqlens.long()),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} is"):
+            ops.backward(**{**right, name: bad}, scale=1.0, causal=True)

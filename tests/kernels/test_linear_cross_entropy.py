@@ -195,6 +195,24 @@ def test_no_gradient_is_computed_without_need(monkeypatch):
     assert not loss.requires_grad and asked == [False]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_workspace_of_the_callers_takes_the_logits(reduction):
+    hidden, weight, targets = problem(rows=64, vocab=500, ignored=0.1)
+    wide = torch.full((20, 510), torch.nan)
+    workspace = wide[:, :500]
+    options = {"chunk_rows": 16, "reduction": reduction}
+    expected = linear_cross_entropy(hidden, weight, targets, **options)
+    wanted = torch.autograd.grad(expected.sum(), (hidden, weight))
+    with LargestTensor() as largest:
+        loss = linear_cross_entropy(hidden, weight, targets, **options, workspace=workspace)
+        found = torch.autograd.grad(loss.sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip((loss, *found), (expected, *wanted), strict=True))
+    assert largest.numel <= workspace.numel() and not workspace[:16].isnan().any() and wide[:, 500:].isnan().all()
+    for bad in (workspace[:15], workspace[:, 1:], workspace.double(), torch.empty(500, 20).t(), workspace[0]):
+        with pytest.raises(ValueError, match="workspace"):
+            linear_cross_entropy(hidden, weight, targets, **options, workspace=bad)
+
+
 def test_errors_name_the_argument():
     hidden, weight, targets = problem(ignored=0.0)
     targets[5], targets[7] = 90, -1

@@ -82,9 +82,7 @@ def test_group_that_shares_its_input_is_what_its_members_give_alone(dtype):
 def test_gradients_of_no_rows_are_zero_and_accumulating_them_changes_nothing():
     A, B = factors(20, 30, 4)
     x, dy = torch.empty(0, 20), torch.empty(0, 30)
-    dA, dB = low_rank.gradients(
-        x, dy, A, B, 1.0, torch.full_like(A, float("nan")), torch.full_like(B, float("nan"))
-    )
+    dA, dB = low_rank.gradients(x, dy, A, B, 1.0, torch.full_like(A, float("nan")), torch.full_like(B, float("nan")))
     assert not dA.any() and not dB.any()
     dA, dB = low_rank.gradients(x, dy, A, B, 1.0, torch.ones_like(A), torch.ones_like(B), accumulate=True)
     assert (dA == 1).all() and (dB == 1).all()
@@ -168,5 +166,15 @@ def test_errors_name_the_argument():
         low_rank.gradients(x, dy, A, B, 1.0, accumulate=True)
     with pytest.raises(ValueError, match="y is"):
         low_rank.add_(dy[:2], x, A, B, 1.0)
+    with pytest.raises(ValueError, match=r"y is torch\.bfloat16"):
+        low_rank.add_(dy.bfloat16(), x, A, B, 1.0)
+    with pytest.raises(ValueError, match=r"dx is torch\.bfloat16"):
+        low_rank.input_gradient_(x.bfloat16(), dy, A, B, 1.0)
+    with pytest.raises(ValueError, match=r"dB is torch\.float16"):
+        low_rank.gradients(x, dy, A, B, 1.0, dA=A.clone(), dB=B.half())
+    with pytest.raises(ValueError, match="x has shape"):
+        low_rank.add_(dy, x[None], A, B, 1.0)
+    with pytest.raises(ValueError, match="A and B are on cpu and meta"):
+        low_rank.merge(weight, A, B.to("meta"), 1.0)
     with pytest.raises(ValueError, match="weight is"):
         low_rank.lora_linear(x.half(), weight, None, A, B, 1.0)

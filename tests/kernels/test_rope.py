@@ -73,7 +73,9 @@ def test_errors_name_the_argument():
         rope.rope(x, cos, sin, positions[:2])
     with pytest.raises(ValueError, match="rotary_dim <= head_dim=6"):
         rope.rope(x[..., :6], cos, sin, positions)
-    with pytest.raises(ValueError, match="use float32"):
-        rope.rope(x, cos.half(), sin.half(), positions)
+    with pytest.raises(ValueError, match=r"sin is torch\.float16"):
+        rope.rope(x, cos, sin.half(), positions)
+    with pytest.raises(ValueError, match="cos is .* on meta; it must be .* on cpu"):
+        rope.rope(x, cos.to("meta"), sin, positions)
     with pytest.raises(ValueError, match="last dimension contiguous"):
         rope.apply_(torch.randn(3, 8, 2).transpose(1, 2), cos, sin, positions)

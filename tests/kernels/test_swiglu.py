@@ -64,5 +64,15 @@ def test_extreme_gates_are_what_pytorch_gives(value):
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="same shape and dtype"):
         swiglu.swiglu(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match=r"dh is torch\.float32"):
-        swiglu.backward_(torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(2, 3))
+    x = torch.zeros(2, 3)
+    for bad in (torch.zeros(2, 4), x.bfloat16(), torch.zeros(3, 2).t()):
+        with pytest.raises(ValueError, match="dh is"):
+            swiglu.backward_(bad, x, x)
+        with pytest.raises(ValueError, match="up is"):
+            swiglu.backward_(x, x, bad)
+        with pytest.raises(ValueError, match="out is"):
+            swiglu.forward(x, x, bad)
+    with pytest.raises(ValueError, match=r"up is torch\.bfloat16"):
+        swiglu.forward(x, x.bfloat16())
+    with pytest.raises(ValueError, match="gate has shape"):
+        swiglu.forward(x[0], x[0])

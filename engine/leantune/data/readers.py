@@ -79,7 +79,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: the data file cannot be read: {error.strerror}; check path and permissions") from error
+        raise DataError(
+            f"{path}: the data file cannot be read: {error.strerror}; check path and permissions"
+        ) from error
 
 
 def _items(name: str, values: Iterable[Any]) -> Numbered:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from leantune_kernels.checks import FLOATS
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
-GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def adamw_step(
@@ -121,7 +121,7 @@ class AdamWTable:
         if len(grads) != len(self.params):
             raise ValueError(f"grads has {len(grads)} entries; params has {len(self.params)}")
         for i, (g, p) in enumerate(zip(grads, self.params, strict=True)):
-            if g is not None and (g.shape != p.shape or g.dtype not in GRAD_DTYPES or g.device != p.device):
+            if g is not None and (g.shape != p.shape or g.dtype not in FLOATS or g.device != p.device):
                 raise ValueError(
                     f"grads[{i}] is {g.dtype} of shape {tuple(g.shape)} on {g.device}; it must be float32, "
                     f"bfloat16 or float16 of shape {tuple(p.shape)} on {p.device}"

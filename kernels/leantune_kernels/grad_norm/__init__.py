@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 
+from leantune_kernels.checks import FLOATS
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grad_norm(grads: Iterable[torch.Tensor | None]) -> float:
@@ -22,7 +22,7 @@ def grad_norm(grads: Iterable[torch.Tensor | None]) -> float:
     """
     given = [(i, g.detach()) for i, g in enumerate(grads) if g is not None]
     for i, g in given:
-        if g.dtype not in DTYPES or g.device != given[0][1].device:
+        if g.dtype not in FLOATS or g.device != given[0][1].device:
             raise ValueError(
                 f"grads[{i}] is {g.dtype} on {g.device}; gradients must be float32, bfloat16 or float16, "
                 "all on one device"

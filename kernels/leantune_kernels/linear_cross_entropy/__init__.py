@@ -34,20 +34,22 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk_rows: int = 256,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Loss of predicting `targets` [N] int64 from `hidden` [N, H] by the head `weight` [V, H] and `bias` [V].
 
     Returns fp32: a scalar for reduction "mean" (over the rows that have a label; 0 if none has) and "sum",
     [N] with 0 at ignored rows for "none". Differentiable once in hidden, weight and bias. hidden, weight and
     bias: float32, bfloat16 or float16, each its own, any strides; logits, softmax and sums over rows are fp32
-    (loss sums fp64). Memory beyond the results: about chunk_rows * V * 4 bytes. Gradients of "mean" and "sum"
-    are computed together with the loss; "none" computes the logits again in its backward pass. Raises
-    ValueError for shapes that do not fit and for the first target that is neither `ignore_index` nor in [0,
-    V).
+    (loss sums fp64). Memory beyond the results: about chunk_rows * V * 4 bytes, which is `workspace` where given,
+    fp32 [min(chunk_rows, N) or more, V]: whoever calls again and again spares new memory's page faults. Gradients
+    of "mean" and "sum" are computed together with the loss; "none" computes the logits again in its backward pass
+    (in the workspace, too). Raises ValueError for shapes that do not fit and for the first target that is neither
+    `ignore_index` nor in [0, V).
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction={reduction!r} is none of "mean", "sum", "none"')
-    settings = Settings(ignore_index, label_smoothing, z_loss, chunk_rows)
+    settings = Settings(ignore_index, label_smoothing, z_loss, chunk_rows, workspace)
     function = _PerRow if reduction == "none" else _Reduced
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
@@ -68,13 +70,15 @@ def forward(
     need_dhidden: bool = True,
     need_dweight: bool = False,
     chunk_rows: int = 256,
+    workspace: torch.Tensor | None = None,
 ) -> LossAndGradients:
     """(loss_sum, label_count, dhidden, dweight, dbias): summed loss and gradients of grad_scale * loss_sum.
 
     loss_sum: fp32 scalar, unscaled. dhidden [N, H] in hidden's dtype, 0 at ignored rows. dweight [V, H] and
-    dbias [V] are fp32; dbias comes with dweight where there is a bias. What was not asked for is None.
+    dbias [V] are fp32; dbias comes with dweight where there is a bias. What was not asked for is None. `workspace`
+    is as in linear_cross_entropy; its contents are lost.
     """
-    settings = Settings(ignore_index, label_smoothing, z_loss, chunk_rows)
+    settings = Settings(ignore_index, label_smoothing, z_loss, chunk_rows, workspace)
     needs = (need_dhidden, need_dweight, need_dweight and bias is not None)
     return _run(hidden, weight, bias, targets, settings, grad_scale, None, needs)[0]
 

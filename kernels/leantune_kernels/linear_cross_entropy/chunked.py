@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from leantune_kernels.checks import FLOATS, expect, expect_dims
+
 VOCABULARY_BLOCK = 8192  # rows of a half-precision head that are in fp32 at a time
 
 
@@ -30,6 +31,7 @@ class Settings:
     label_smoothing: float
     z_loss: float
     chunk_rows: int
+    workspace: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing <= 1.0:
@@ -89,9 +91,8 @@ def run(
     labelled = (targets != settings.ignore_index).nonzero().squeeze(1)
     count = labelled.numel()
     zeros = partial(torch.zeros, device=hidden.device, dtype=torch.float32)
-    chunk = min(settings.chunk_rows, count)
     head = Head(weight, bias)
-    buffer = torch.empty(chunk, weight.shape[0], device=hidden.device, dtype=torch.float32)
+    buffer = logits_buffer(settings, hidden, weight, count)
     losses = torch.zeros(hidden.shape[0], device=hidden.device, dtype=torch.float64)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_dhidden else None
     dweight = zeros(weight.shape) if need_dweight else None
@@ -117,6 +118,18 @@ def run(
         if dhidden is not None:
             dhidden.index_copy_(0, rows, head.input_gradient(dlogits, out=x).to(dhidden.dtype))
     return LossAndGradients(losses.sum().float(), count, dhidden, dweight, dbias), losses
+
+
+def logits_buffer(settings: Settings, hidden: torch.Tensor, weight: torch.Tensor, labelled: int) -> torch.Tensor:
+    """Memory for the logits of a chunk: the caller's workspace, or new where there is none. Raises ValueError."""
+    vocabulary, given = weight.shape[0], settings.workspace
+    if given is None:
+        rows = min(settings.chunk_rows, labelled)
+        return torch.empty(rows, vocabulary, device=hidden.device, dtype=torch.float32)
+    rows = min(settings.chunk_rows, hidden.shape[0])
+    expect_dims("workspace", given, "chunk_rows", "V")
+    expect("workspace", given, (max(rows, given.shape[0]), vocabulary), torch.float32, hidden.device, written=True)
+    return given.detach()
 
 
 class Head:

@@ -125,9 +125,7 @@ def add_(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, sca
     return y
 
 
-def input_gradient_(
-    dx: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
-) -> torch.Tensor:
+def input_gradient_(dx: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """dx [T, K] += scale * (dy B) A in place; returns dx."""
     expect_dims("dy", dy, "T", "N")
     _check_factors(A, B, dy.shape[1], dx.shape[-1], dy.device)

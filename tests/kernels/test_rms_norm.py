@@ -1,0 +1,42 @@
+"""RMSNorm: the raw forms refuse what the kernels would read or write wrongly."""
+
+import pytest
+import torch
+
+from leantune_kernels import rms_norm
+
+
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def implementation(request, monkeypatch):
+    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+
+
+def test_raw_forms_name_what_does_not_fit():
+    x, weight = torch.randn(4, 6), torch.ones(6)
+    bad_rows = x.bfloat16(), x[:3], x[:, :5], x.to("meta")
+    strided = torch.empty(6, 4).t()
+    for bad in (*bad_rows, strided):
+        with pytest.raises(ValueError, match="out is"):
+            rms_norm.forward(x, weight, 1e-5, bad)
+    for bad in (weight[:5], weight.double(), weight[None]):
+        with pytest.raises(ValueError, match="weight is"):
+            rms_norm.forward(x, bad, 1e-5)
+    with pytest.raises(ValueError, match=r"x has shape \(6,\)"):
+        rms_norm.forward(weight, weight, 1e-5)
+    _, rstd = rms_norm.forward(x, weight, 1e-5)
+    right = {"dy": x, "x": x, "weight": weight, "rstd": rstd, "residual": x, "out": x.clone()}
+    for name, bad in [
+        *((name, bad) for name in ("dy", "residual", "out") for bad in bad_rows),
+        ("out", strided),
+        ("rstd", rstd[:3]),
+        ("rstd", rstd.double()),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} is"):
+            rms_norm.backward(**{**right, name: bad})
+
+
+def test_a_statistic_of_any_stride():
+    x, weight = torch.randn(4, 6), torch.ones(6)
+    _, rstd = rms_norm.forward(x, weight, 1e-5)
+    every_other = torch.stack((rstd, -rstd), 1)[:, 0]
+    assert torch.equal(rms_norm.backward(x, x, weight, every_other)[0], rms_norm.backward(x, x, weight, rstd)[0])
