@@ -6,6 +6,7 @@ import pytest
 
 import leantune as lt
 from helpers_model import tiny_model
+from helpers_training import records
 
 REAL_MODEL = Path(__file__).parent.parent / "runs" / "models" / "smollm2-135m-instruct"
 
@@ -27,3 +28,9 @@ def tiny_directory(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(tiny_directory) -> lt.Model:
     return lt.load(tiny_directory)
+
+
+@pytest.fixture
+def data(tiny) -> lt.data.Dataset:
+    """24 questions and answers of very different lengths."""
+    return lt.data.chat(records(24), tiny.tokenizer)

@@ -1,6 +1,7 @@
 // Threads. The library never links an OpenMP runtime: PyTorch ships its own, and two of them in one process fight over
-// the cores. Instead it borrows the runtime that is already loaded (found by name, called through GOMP_parallel, which
-// libgomp, libiomp5 and libomp all export), and without one it uses a small pool of its own that sleeps when idle.
+// the cores. Instead it borrows the runtime that is already loaded (PyTorch's where PyTorch is, else found by name;
+// called through GOMP_parallel, which libgomp, libiomp5 and libomp all export), and without one it uses a small pool of
+// its own that sleeps when idle.
 #pragma once
 
 #include <cstdint>

@@ -175,10 +175,9 @@ def test_arguments_that_do_not_fit():
 def test_raw_forms_name_what_does_not_fit():
     x, cu_seqlens = torch.randn(6, 4, 8), cumulative([6])
     half, short, strided = x.half(), x[:5], torch.empty(6, 8, 4).mT
-    for name, out in (("half", half), ("short", short), ("strided", strided), ("narrow", x[..., :4])):
+    for out in (half, short, strided, x[..., :4]):
         with pytest.raises(ValueError, match="out is"):
             ops.forward(x, x, x, cu_seqlens, 1.0, True, out=out)
-            pytest.fail(name)
     o, lse = ops.forward(x, x, x, cu_seqlens, 1.0, True)
     right = {"do": x, "q": x, "k": x, "v": x, "o": o, "lse": lse, "cu_seqlens": cu_seqlens, "dq": x, "dk": x, "dv": x}
     for name, bad in [

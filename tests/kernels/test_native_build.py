@@ -1,6 +1,7 @@
 """The native library as it was built: levels kept apart, no OpenMP of its own, forcing, threads, errors."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,25 +15,64 @@ ROOT = Path(__file__).parent.parent.parent
 OBJECTS = sorted(ROOT.glob("build/temp*/leantune/*.o"))
 
 
+# Rows of RMSNorm through the raw interface, 20 times, in a process that need not load torch; r() returns a hash.
+RMS_NORM = """
+import array, hashlib, os, sys
+from leantune_kernels import _native as lib
+rows, cols = 500, 48
+x = array.array('f', [(i * 37 % 101) / 50 - 1 for i in range(rows * cols)])
+w = array.array('f', [1 + i / cols for i in range(cols)])
+y, s = array.array('f', bytes(4 * rows * cols)), array.array('f', bytes(4 * rows))
+a = lambda v: v.buffer_info()[0]
+def r():
+    for _ in range(20):
+        lib.rms_norm_forward(0, a(x), cols, 0, a(w), a(y), cols, a(s), rows, cols, 1e-5)
+    return hashlib.sha256(y.tobytes() + s.tobytes()).hexdigest()
+"""
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
     )
 
 
-@pytest.mark.skipif(not OBJECTS, reason="the build folder is gone; an editable install leaves it")
-@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
-@pytest.mark.parametrize("path", [p for p in OBJECTS if p.stem.count(".")], ids=lambda p: p.stem)
-def test_no_symbol_is_shared_between_instruction_levels(path):
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> list[Path]:
+    """Objects of the kernels, <op>.<level>.o: the build's, or where its folder is gone those of the smallest op."""
+    if shutil.which("nm") is None:
+        pytest.skip("binutils are not installed")
+    built = [p for p in OBJECTS if p.stem.count(".")]
+    if built:
+        return built
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"the build folder is gone and there is no {compiler}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **arguments: None)
+        build = runpy.run_path(str(ROOT / "setup.py"))
+    folder, csrc = tmp_path_factory.mktemp("objects"), build["CSRC"]
+    source = min(csrc.glob("*/cpu.cpp"), key=lambda path: path.stat().st_size)
+    flags = [*build["COMMON"], f"-I{csrc / 'include'}", f"-I{csrc / 'common'}", *(["-DLT_X86"] if build["X86"] else [])]
+    compiled = []
+    for level, own in build["LEVELS"].items():
+        compiled.append(folder / f"{source.parent.name}.{level}.o")
+        subprocess.run([compiler, *flags, f"-DLT_ISA={level}", *own, "-c", source, "-o", compiled[-1]], check=True)
+    return compiled
+
+
+def test_no_symbol_is_shared_between_instruction_levels(objects):
     """A symbol that two levels define is merged by the linker, perhaps into code the processor cannot run."""
-    level = path.stem.rpartition(".")[2]
-    listing = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True)
-    for line in listing.stdout.splitlines():
-        kind, name = line.split(maxsplit=2)[1:]
-        if kind.islower() and kind not in "vwu":
-            continue  # local to the object
-        entry_point = level == "base" and name.startswith("lt_")
-        assert f"lt::{level}::" in name or entry_point, f"{path.name}: {kind} {name}"
+    for path in objects:
+        level = path.stem.rpartition(".")[2]
+        listing = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True)
+        assert f"lt::{level}::" in listing.stdout
+        for line in listing.stdout.splitlines():
+            kind, name = line.split(maxsplit=2)[1:]
+            if kind.islower() and kind not in "vwu":
+                continue  # local to the object
+            entry_point = level == "base" and name.startswith("lt_")
+            assert f"lt::{level}::" in name or entry_point, f"{path.name}: {kind} {name}"
 
 
 def test_the_library_links_no_openmp_runtime():
@@ -53,26 +93,65 @@ def test_with_pytorch_its_openmp_runtime_is_used():
 
 
 def test_without_pytorch_a_pool_of_its_own_gives_the_same_bits():
-    """Rows of RMSNorm through the raw interface, in a process that never loads torch."""
-    code = (
-        "import array, hashlib, sys\n"
-        "from leantune_kernels import _native as lib\n"
-        "if {torch}: import torch\n"
-        "runtime = lib.adopt_openmp()\n"
-        "lib.set_num_threads(3)\n"
-        "rows, cols = 500, 48\n"
-        "x = array.array('f', [(i * 37 % 101) / 50 - 1 for i in range(rows * cols)])\n"
-        "w = array.array('f', [1 + i / cols for i in range(cols)])\n"
-        "y, r = array.array('f', bytes(4 * rows * cols)), array.array('f', bytes(4 * rows))\n"
-        "a = lambda v: v.buffer_info()[0]\n"
-        "for _ in range(20): lib.rms_norm_forward(0, a(x), cols, 0, a(w), a(y), cols, a(r), rows, cols, 1e-5)\n"
-        "print(bool(runtime), 'torch' in sys.modules, hashlib.sha256(y.tobytes() + r.tobytes()).hexdigest())\n"
-    )
-    alone, beside = run(code.format(torch=0)), run(code.format(torch=1))
+    code = "runtime = lib.adopt_openmp()\nlib.set_num_threads(3)\nprint(bool(runtime), 'torch' in sys.modules, r())\n"
+    alone, beside = run(RMS_NORM + code), run("import torch\n" + RMS_NORM + code)
     assert alone.returncode == 0 and beside.returncode == 0, alone.stderr + beside.stderr
     assert alone.stdout.split()[:2] == ["False", "False"]
     assert beside.stdout.split()[:2] == ["True", "True"]
     assert alone.stdout.split()[2] == beside.stdout.split()[2]
+
+
+def test_a_forked_child_makes_a_pool_of_its_own():
+    """fork leaves the pool's threads behind; the child must not wait for them."""
+    code = (
+        "import signal\n"
+        "lib.set_num_threads(3)\n"
+        "first = r()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(60)\n"
+        "    os._exit(0 if r() == first and len(os.listdir('/proc/self/task')) == 3 else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), r() == first)\n"
+    )
+    result = run(RMS_NORM + code)
+    assert result.stdout.split() == ["0", "True"], result.stderr
+
+
+def test_where_no_thread_can_be_started_the_kernel_runs_without():
+    """There is no address space left for a thread's stack."""
+    code = (
+        "import resource\n"
+        "lib.set_num_threads(1)\n"
+        "alone = r()\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20),) * 2)\n"
+        "lib.set_num_threads(3)\n"
+        "print(r() == alone, len(os.listdir('/proc/self/task')))\n"
+    )
+    result = run(RMS_NORM + code)
+    assert result.stdout.split() == ["True", "1"], result.stderr
+
+
+def test_pytorchs_own_openmp_runtime_is_used_where_another_was_loaded_first(tmp_path):
+    """As with scikit-learn's wheel, which brings a renamed libgomp."""
+    import torch
+
+    own = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    if not own.exists():
+        pytest.skip("this build of PyTorch brings no libgomp.so.1")
+    other = tmp_path / "libgomp-abc.so.1"
+    other.write_bytes(own.read_bytes().replace(b"libgomp.so.1\0", b"libgomp-a.so\0"))  # its soname, too
+    code = (
+        f"import ctypes\nctypes.CDLL({str(other)!r})\n"
+        "from leantune_kernels import _native\n"
+        "{first}\n"
+        "import leantune_kernels.native as native\n"
+        "print(native.OPENMP_RUNTIME)\n"
+    )
+    result = run(code.format(first=""))
+    assert result.stdout.strip() and Path(result.stdout.strip()).samefile(own), result.stdout + result.stderr
+    alone = run(code.partition("{first}")[0] + "print(_native.adopt_openmp())")
+    assert alone.stdout.strip() == str(other), alone.stderr
 
 
 def test_an_instruction_level_can_be_forced():

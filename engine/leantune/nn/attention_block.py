@@ -15,16 +15,8 @@ from leantune.nn.arena import Buffer
 from leantune.nn.batch import Packed
 from leantune.nn.config import DecoderConfig
 from leantune.nn.linear import Linear, LinearGroup
-from leantune_kernels import attention, rms_norm, rope
-
-
-class RMSNorm(nn.Module):
-    """Weight [H], kept in fp32 (it is small, and statistics are fp32 anyway)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, device="meta"), requires_grad=False)
-        self.eps = eps
+from leantune.nn.norm import RMSNorm
+from leantune_kernels import attention, rope
 
 
 class Attention(nn.Module):
@@ -68,8 +60,7 @@ class AttentionBlock:
 
     def project(self, x: torch.Tensor, batch: Packed) -> tuple[Buffer, Buffer, torch.Tensor]:
         """(h, qkv, rstd): the normed input, rotated q and k with v, and the norm's statistic."""
-        h = batch.arena.take(x.shape[0], x.shape[1], x.dtype)
-        _, rstd = rms_norm.forward(x, self.norm.weight, self.norm.eps, h.tensor)
+        h, rstd = self.norm.entrance(x, batch)
         qkv = batch.arena.take(x.shape[0], self.qkv.out_features, x.dtype)
         self.qkv.forward(h.tensor, qkv.tensor, batch)
         rope.apply_(self.rotated(qkv.tensor), batch.cos, batch.sin, batch.positions)
@@ -119,25 +110,9 @@ class _AttentionFunction(torch.autograd.Function):
         for buffer in (o, do, qkv):
             buffer.release()
 
-        if h.tensor is None:
-            h = batch.arena.take(*x.shape, x.dtype)
-            if any(need_qkv):
-                rms_norm.forward(x, block.norm.weight, block.norm.eps, h.tensor)
-        grads_qkv = block.qkv.parameter_gradients(h.tensor, dqkv.tensor, need_qkv, batch)
-        dx, dnorm = None, None
-        if need_x or need_norm:
-            dh = h  # the normed input is not needed any more
-            block.qkv.input_gradient(dqkv.tensor, dh.tensor, batch)
-            dx, dnorm = rms_norm.backward(
-                dh.tensor,
-                x,
-                block.norm.weight,
-                rstd,
-                residual=dout,
-                out=torch.empty_like(x),
-                need_dweight=need_norm,
-            )
-        return (dx if need_x else None, None, None, dnorm, *grads_qkv, *grads_o)
+        needed = (need_x, need_norm, need_qkv)
+        dx, dnorm, grads_qkv = block.norm.exit(x, rstd, h, block.qkv, dqkv.tensor, dout, needed, batch)
+        return (dx, None, None, dnorm, *grads_qkv, *grads_o)
 
 
 def _recompute(block: AttentionBlock, x: torch.Tensor, batch: Packed) -> tuple[Any, ...]:

@@ -13,11 +13,12 @@ from torch import nn
 
 from leantune.errors import ConfigError
 from leantune.nn.arena import Arena
-from leantune.nn.attention_block import Attention, AttentionBlock, RMSNorm
+from leantune.nn.attention_block import Attention, AttentionBlock
 from leantune.nn.batch import Packed
 from leantune.nn.config import DecoderConfig
 from leantune.nn.linear import Linear
 from leantune.nn.mlp_block import MLP, MLPBlock
+from leantune.nn.norm import RMSNorm
 from leantune_kernels import linear_cross_entropy, rms_norm
 
 IGNORED = -100  # the target of a token that carries no label

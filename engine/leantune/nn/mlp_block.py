@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from leantune.nn.arena import Buffer
-from leantune.nn.attention_block import RMSNorm
 from leantune.nn.batch import Packed
 from leantune.nn.config import DecoderConfig
 from leantune.nn.linear import Linear, LinearGroup
-from leantune_kernels import rms_norm, swiglu
+from leantune.nn.norm import RMSNorm
+from leantune_kernels import swiglu
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -62,8 +62,7 @@ class MLPBlock:
 
     def expand(self, x: torch.Tensor, batch: Packed) -> tuple[Buffer, Buffer, torch.Tensor]:
         """(h, gate_up, rstd): the normed input, both projections of it, and the norm's statistic."""
-        h = batch.arena.take(x.shape[0], x.shape[1], x.dtype)
-        _, rstd = rms_norm.forward(x, self.norm.weight, self.norm.eps, h.tensor)
+        h, rstd = self.norm.entrance(x, batch)
         gate_up = batch.arena.take(x.shape[0], 2 * self.width, x.dtype)
         self.gate_up.forward(h.tensor, gate_up.tensor, batch)
         return h, gate_up, rstd
@@ -128,22 +127,6 @@ class _MLPFunction(torch.autograd.Function):
         grads_down = block.down.parameter_gradients(da.tensor, dout, need_down, batch)
         da.release()
 
-        if h.tensor is None:
-            h = batch.arena.take(*x.shape, x.dtype)
-            if any(need_gate_up):
-                rms_norm.forward(x, block.norm.weight, block.norm.eps, h.tensor)
-        grads_gate_up = block.gate_up.parameter_gradients(h.tensor, gate_up.tensor, need_gate_up, batch)
-        dx, dnorm = None, None
-        if need_x or need_norm:
-            dh = h  # the normed input is not needed any more
-            block.gate_up.input_gradient(gate_up.tensor, dh.tensor, batch)
-            dx, dnorm = rms_norm.backward(
-                dh.tensor,
-                x,
-                block.norm.weight,
-                rstd,
-                residual=dout,
-                out=torch.empty_like(x),
-                need_dweight=need_norm,
-            )
-        return (dx if need_x else None, None, None, dnorm, *grads_gate_up, *grads_down)
+        needed = (need_x, need_norm, need_gate_up)
+        dx, dnorm, grads_gate_up = block.norm.exit(x, rstd, h, block.gate_up, gate_up.tensor, dout, needed, batch)
+        return (dx, None, None, dnorm, *grads_gate_up, *grads_down)
