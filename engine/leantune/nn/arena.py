@@ -40,8 +40,8 @@ class Arena:
         self.allocated_bytes = 0
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
 
-    def take(self, tokens: int, width: int, dtype: torch.dtype = torch.float32) -> Buffer:
-        """A buffer [tokens, width] with undefined contents."""
+    def take(self, tokens: int, width: int, dtype: torch.dtype = torch.float32, planned: bool = True) -> Buffer:
+        """A buffer [tokens, width] with undefined contents; not planned: made for so many rows and no batch."""
         key = (width, dtype)
         free = self._free.setdefault(key, [])
         for i in range(len(free) - 1, -1, -1):
@@ -49,7 +49,7 @@ class Arena:
                 return Buffer(self, key, free.pop(i), tokens)
         if free:  # all too small: replace one rather than keep both
             self.allocated_bytes -= _nbytes(free.pop())
-        rows = -(-max(tokens, self.capacity) // _ROUND) * _ROUND
+        rows = -(-max(tokens, self.capacity if planned else 0) // _ROUND) * _ROUND
         storage = torch.empty(rows, width, dtype=dtype, device=self.device)
         self.allocated_bytes += _nbytes(storage)
         return Buffer(self, key, storage, tokens)

@@ -22,6 +22,7 @@ from leantune.nn.norm import RMSNorm
 from leantune_kernels import linear_cross_entropy, rms_norm
 
 IGNORED = -100  # the target of a token that carries no label
+_LOSS_ROWS = 256  # rows of logits held at a time
 
 
 class Layer(nn.Module):
@@ -146,8 +147,14 @@ class Decoder(nn.Module):
         x = self.hidden(input_ids, batch)
         rows = (targets != IGNORED).nonzero().squeeze(1)
         normed = rms_norm.rms_norm(x.index_select(0, rows), self.model.norm.weight, self.model.norm.eps)
+        logits = batch.arena.take(min(_LOSS_ROWS, rows.numel()), self.config.vocab_size, planned=False)
         return linear_cross_entropy.linear_cross_entropy(
-            normed, self.lm_head.weight, targets.index_select(0, rows), reduction="sum"
+            normed,
+            self.lm_head.weight,
+            targets.index_select(0, rows),
+            reduction="sum",
+            chunk_rows=_LOSS_ROWS,
+            workspace=logits.tensor,
         )
 
     def _rotation(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
