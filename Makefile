@@ -15,11 +15,15 @@ setup: .venv/.built
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'setting up .venv; this takes a minute or two, once'
 	$(PIP) install -q -c constraints.txt 'setuptools>=77' wheel 'pybind11>=2.12' torch
 	@touch $@
 
 .venv/.built: .venv/.installed $(NATIVE)
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,demo,data,interop]'
+	@# A plain path as well: a finder alone would lose to any folder named leantune beside the script that is run.
+	@printf '%s\n' "$(CURDIR)/engine" "$(CURDIR)/kernels" > \
+	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/leantune_sources.pth"
 	@touch $@
 
 # The model of the demo; it is fetched once.

@@ -70,8 +70,8 @@ class Trainer:
     """Trains what a method left trainable.
 
     model: from leantune.load, with a method applied. data: from leantune.data. eval_data: measured every `eval_every`
-    steps and at the end. progress: a bar (terminal) or lines. resume: go on from the newest checkpoint in `out`.
-    overwrite: start anew in an `out` that holds a run. Further settings: see TrainConfig.
+    steps (default: after each epoch) and at the end. progress: a bar (terminal) or lines. resume: go on from the newest
+    checkpoint in `out`. overwrite: start anew in an `out` that holds a run. Further settings: see TrainConfig.
 
     The loss of a step is the sum over its label tokens divided by their number, whatever the micro-batches. Raises
     ConfigError or DataError for settings and data that cannot work, before any step.
@@ -237,7 +237,10 @@ class Trainer:
             self._metrics.write(asdict(log))
         self._display.step(asdict(log))
         c = self.config
-        if (c.eval_every and self.step % c.eval_every == 0) or (last and self.eval_data is not None):
+        if epoch_done and not last:
+            self._display.note(f"epoch {round(log.epoch)} done at step {self.step}")
+        at = epoch_done if c.eval_every is None else self.step % c.eval_every == 0
+        if self.eval_data is not None and (at or last):
             self._evaluate()
         due = epoch_done or time.monotonic() - self._saved_at > _SAVE_SECONDS
         if c.save_every is not None:
@@ -342,20 +345,11 @@ class Trainer:
         )
 
     def _open(self, out: Path, resume: bool, overwrite: bool) -> None:
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"out={str(out)!r} is a file; give a directory")
+        check_output(out, resume, overwrite)
         state = latest_state(out) if resume else None
-        begun = (out / metrics.FILE_NAME).exists()
         if resume and state is None:
-            if not begun:
-                raise CheckpointError(f"resume: {out} holds no run; start without resume")
             self._display.note(f"{out} holds no complete checkpoint: the run starts from the beginning")
-        if not resume and (begun or any(out.glob("checkpoint-*"))):
-            if not overwrite:
-                raise CheckpointError(
-                    f"out={str(out)!r} holds a run already; choose another directory, go on with resume "
-                    "(--resume), or replace it with overwrite (--overwrite)"
-                )
+        if overwrite:
             self._clear(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -431,6 +425,20 @@ class Trainer:
                 p.copy_(tensors[f"parameter.{name}"])
         self.optimizer.load_state(tensors, meta["optimizer_steps"])
         self.step, self._total = meta["step"], meta["total_steps"]
+
+
+def check_output(out: Path, resume: bool, overwrite: bool) -> None:
+    """CheckpointError if a run cannot begin, or go on, in `out`; touches nothing."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"out={str(out)!r} is a file; give a directory")
+    begun = (out / metrics.FILE_NAME).exists()
+    if resume and not begun:
+        raise CheckpointError(f"resume: {out} holds no run; start without resume")
+    if not (resume or overwrite) and (begun or any(out.glob("checkpoint-*"))):
+        raise CheckpointError(
+            f"out={str(out)!r} holds a run already; choose another directory, go on with resume (--resume), or "
+            "replace it with overwrite=True (--overwrite)"
+        )
 
 
 def _described(method: Any) -> dict[str, Any] | None:

@@ -13,13 +13,13 @@ import argparse
 import json
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import build_data
 import torch
 from fetch_model import DEFAULT_OUT, FetchError, fetch_model
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -60,6 +60,7 @@ def demo(model_path: Path, out: Path, *, steps: int) -> None:
     held_out = lt.data.chat(str(held_out_path), model.tokenizer)
 
     console.rule("[bold]2. Before")
+    console.print("measuring the held-out loss and asking a question, then training: about three minutes on two cores")
     shown = pick(held_out_path)
     loss_before, answer_before = measure(model, held_out, shown["prompt"])
 
@@ -106,7 +107,6 @@ def measure(model: lt.Model, held_out: lt.data.Dataset, question: str) -> tuple[
     loss = lt.evaluate(model, held_out, batch_tokens=EVAL_TOKENS).loss
     answer = lt.generate(model, [{"role": "user", "content": question}], max_new_tokens=64)
     console.print(f"held-out loss: [bold]{loss:.4f}[/bold]")
-    console.print(Panel(Text.assemble((question, "italic"), "\n", answer.strip())))
     return loss, answer.strip()
 
 
@@ -124,7 +124,7 @@ def print_summary(summary: dict, out: Path) -> None:
     merged, adapter = out / "merged", out / "adapter"
     console.print(
         f"""\
-# transformers, the merged model
+# from this directory, with .venv/bin/python: transformers, the merged model
 from transformers import pipeline
 chat = pipeline("text-generation", model="{merged}")
 print(chat([{{"role": "user", "content": "What does `heapq.merge(*iterables)` do in Python?"}}]))
@@ -134,7 +134,7 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")
 
 # leantune
-leantune generate --model {merged} --prompt 'What does `heapq.merge(*iterables)` do in Python?'
+.venv/bin/leantune generate --model {merged} --prompt 'What does `heapq.merge(*iterables)` do in Python?'
 """,
         highlight=False,
         markup=False,
@@ -147,7 +147,11 @@ def check_interop(model_path: Path, out: Path) -> None:
     """Loads both results with transformers and peft and compares logits with the engine's (fp32)."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between these two libraries, of no use to a user
+    console.rule("[bold]Check")
     ours = lt.load(out / "merged")
     ids = torch.tensor([AutoTokenizer.from_pretrained(out / "merged")("def merge(*iterables): ...").input_ids])
     expected = ours(ids)
@@ -156,9 +160,9 @@ def check_interop(model_path: Path, out: Path) -> None:
     adapted = PeftModel.from_pretrained(base, out / "adapter").eval()
     for name, other in (("transformers, merged model", merged), ("peft, adapter", adapted)):
         difference = (other(ids).logits - expected).abs().max().item()
-        console.print(f"{name}: largest difference of a logit {difference:.1e}")
         if difference > 1e-3:  # a wrong scale or a permuted weight moves logits by whole units
             raise LeantuneError(f"{name}: logits differ by {difference:.1e}")
+        console.print(f"{name}: the same logits, to {difference:.1e} (ok)")
 
 
 if __name__ == "__main__":

@@ -103,9 +103,9 @@ def test_hub_ids(text: str) -> None:
         ),
         (
             LocalEntryNotFoundError("not cached\nlong story"),
-            "cannot download 'org/name'.*not cached Check the network",
+            "no directory 'org/name', and the hub cannot.*check the network.*not cached",
         ),
-        (ConnectionError(), "cannot download 'org/name'.*ConnectionError"),
+        (ConnectionError(), "no directory 'org/name'.*ConnectionError"),
     ],
 )
 def test_failures_name_the_model_and_the_fix(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
@@ -131,4 +131,4 @@ def test_offline_mode_is_respected(tmp_path: Path) -> None:
     }
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "cannot download 'org/name'" in result.stdout and "HF_HUB_OFFLINE" in result.stdout
+    assert "no directory 'org/name'" in result.stdout and "HF_HUB_OFFLINE" in result.stdout

@@ -178,7 +178,7 @@ def test_resume_refuses_other_settings_and_an_empty_directory(finished: Path, tm
 def test_a_directory_that_holds_a_run_is_replaced_only_on_demand(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    refused(leantune("train", finished / "recipe.toml", "--out", out), "holds results already .*--overwrite")
+    refused(leantune("train", finished / "recipe.toml", "--out", out), "holds a run already.*--overwrite")
     shutil.rmtree(out / "adapter")
     shutil.rmtree(out / "merged")
     refused(leantune("train", finished / "recipe.toml", "--out", out), "holds a run already.*--overwrite")
@@ -215,7 +215,7 @@ def test_full_fine_tuning_writes_a_model(work: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_work_is_refused_before_training(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused(train(work, out, "--rank", 999), "rank=999 exceeds in_features=64")
+    refused(train(work, out, "--rank", 999), "rank=999 exceeds out_features=32")
     refused(train(work, out, "--targets", "nothing"), r"targets=\['nothing'\] match no linear layer")
     refused(train(work, out, "--model", tmp_path / "none"), "does not exist")
     refused(train(work, out, "--data", tmp_path / "none.jsonl"), "does not exist")

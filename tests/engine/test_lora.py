@@ -56,8 +56,8 @@ def test_targets(tiny, targets, count):
     ("settings", "message"),
     [
         ({"rank": 0}, "rank=0 must be at least 1"),
-        ({"rank": 65}, "rank=65 exceeds in_features=64 of 'model.layers.0.self_attn.q_proj'; use rank <= 64"),
-        ({"rank": 33}, "exceeds out_features=32 of 'model.layers.0.self_attn.k_proj'"),
+        ({"rank": 65}, "rank=65 exceeds out_features=32 of 'model.layers.0.self_attn.k_proj'; use rank <= 32"),
+        ({"rank": 65, "targets": ["q_proj"]}, "rank=65 exceeds in_features=64 of 'model.layers.0.self_attn.q_proj'"),
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
         (

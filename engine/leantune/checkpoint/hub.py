@@ -60,6 +60,6 @@ def _download(hub_id: str) -> Path:
     except Exception as error:  # the HTTP client differs between releases of the library, and so do its errors
         first_line = next(iter(str(error).splitlines()), "")
         raise CheckpointError(
-            f"cannot download {hub_id!r}, and there is no directory of that name: {type(error).__name__}: "
-            f"{first_line} Check the network (and HF_HUB_OFFLINE), or give a checkpoint directory"
+            f"there is no directory {hub_id!r}, and the hub cannot be asked for a model of that name: give a "
+            f"checkpoint directory, or check the network and HF_HUB_OFFLINE ({type(error).__name__}: {first_line})"
         ) from error

@@ -86,9 +86,9 @@ def train(
         str | None, _option(_RUN, "DIR", "Directory of the run: adapter, checkpoints, metrics, loss curve, recipe.")
     ] = None,
     threads: Annotated[int | None, _option(_RUN, "N", options.THREADS, options.ALL_CORES)] = None,
-    save_every: Annotated[int | None, _option(_RUN, "STEPS", "Checkpoint every so many steps.", "at the end")] = None,
+    save_every: Annotated[int | None, _option(_RUN, "STEPS", "Checkpoint every so many steps.", "every epoch and ten minutes")] = None,
     eval_every: Annotated[
-        int | None, _option(_RUN, "STEPS", "Measure --eval-data every so many steps.", "at the end")
+        int | None, _option(_RUN, "STEPS", "Measure --eval-data every so many steps.", "every epoch")
     ] = None,
     merge: Annotated[
         bool | None, _option(_RUN, "", "Also write the merged checkpoint, to OUT/merged.", flag="--merge")
@@ -118,12 +118,13 @@ _NOT_SETTINGS = ("config", "resume", "overwrite", "assignments")
 def run(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> None:
     """Trains as the recipe says and writes the results into `recipe.out`."""
     from leantune.checkpoint.atomic import atomic_file
-    from leantune.loop import Trainer
+    from leantune.loop import Trainer, check_output
     from leantune.recipe import FILE_NAME
 
     if resume and overwrite:
         raise ConfigError("resume goes on with the run in out, overwrite deletes it; give one of them")
     out = Path(recipe.out)
+    check_output(out, resume, overwrite)
     _check_outputs(recipe, out, resume or overwrite)
     options.set_threads(recipe.threads)
     with _terminable():

@@ -89,6 +89,10 @@ class Dataset(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def __repr__(self) -> str:
+        s = self.stats
+        return f"Dataset({self.source_name!r}: {s.samples} samples, {s.tokens} tokens, {s.label_tokens} targets)"
+
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 

@@ -249,8 +249,8 @@ def auto(
     else:
         raise DataError(
             f"{records.at(first[0])}: the record has {', '.join(map(repr, sorted(keys)))}, and none of "
-            "'messages', 'prompt' with 'completion', or 'text'; map its columns, for example question=prompt "
-            "and answer=completion"
+            "'messages', 'prompt' with 'completion', or 'text'; "
+            "map its columns: --field question=prompt --field answer=completion, or fields={'question': 'prompt', ...}"
         )
     return _build(records, tokenizer, prepare, max_length, on_long, fields)
 

@@ -122,8 +122,8 @@ def _summary(dataset: Dataset, batch: PackedBatch) -> "Text":
     summary.append(f"batch: {_share(batch.label_tokens, batch.tokens)}\n")
     summary.append(
         f"data set: {stats.samples} samples, {_share(stats.label_tokens, stats.tokens)}, "
-        f"{stats.truncated} truncated, {stats.dropped} dropped "
-        f"({stats.unlabelled} of them because the cut left no target)"
+        f"{stats.truncated} truncated, {stats.dropped} dropped"
+        + (f" ({stats.unlabelled} of the dropped because the cut left no target)" if stats.unlabelled else "")
     )
     return summary
 

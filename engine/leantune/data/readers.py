@@ -125,7 +125,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(
-            f"{path.name}:{line}: not valid JSON: {error.msg} at column {error.colno}; {_json_fix(path)}"
+            f"{path.name}:{line}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}; "
+            f"{_json_fix(path)}"
         ) from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
         raise DataError(f"{path.name}:{first_line}: not usable JSON: {error}; {_json_fix(path)}") from error

@@ -51,7 +51,7 @@ def as_messages(record: Record, where: str) -> tuple[list[Message], list[Any] | 
     if "prompt" not in record and "completion" not in record:
         raise DataError(
             f"{where}: no 'messages', nor 'prompt' and 'completion'; the record has {_keys(record)}; "
-            "map its columns, for example question=prompt and answer=completion"
+            "map its columns: --field question=prompt --field answer=completion, or fields={'question': 'prompt', ...}"
         )
     prompt, completion = as_pair(record, where)
     messages: list[Message] = []

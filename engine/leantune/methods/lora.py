@@ -13,6 +13,8 @@ from leantune.checkpoint.peft import load_adapter, write_lora_adapter
 from leantune.errors import CheckpointError, ConfigError
 from leantune.nn import Decoder, Linear, LowRank
 
+_SIDES = ("in_features", "out_features")
+
 
 @dataclass
 class LoRA:
@@ -51,8 +53,7 @@ class LoRA:
     def apply(self, model: Decoder) -> Decoder:
         """Freezes the model and adds a trainable update to every target. Raises ConfigError, changing nothing."""
         chosen = self._targets(model)
-        for linear in chosen:
-            _check_rank(self.rank, linear)
+        _check_rank(self.rank, chosen)
         generator = torch.Generator().manual_seed(self.seed)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -168,11 +169,11 @@ def matches(targets: str | list[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in targets)
 
 
-def _check_rank(rank: int, linear: Linear) -> None:
-    for name in ("in_features", "out_features"):
-        size = getattr(linear, name)
-        if rank > size:
-            raise ConfigError(f"rank={rank} exceeds {name}={size} of {linear.path!r}; use rank <= {size}")
+def _check_rank(rank: int, linears: list[Linear]) -> None:
+    sizes = [(getattr(linear, name), name, linear.path) for linear in linears for name in _SIDES]
+    size, name, path = min(sizes, key=lambda entry: entry[0])
+    if rank > size:
+        raise ConfigError(f"rank={rank} exceeds {name}={size} of {path!r}; use rank <= {size}")
 
 
 def _check_shapes(linear: Linear, pair: dict[str, torch.Tensor], directory: str | os.PathLike[str]) -> None:

@@ -131,8 +131,9 @@ class Decoder(nn.Module):
 
         No dropout is applied here, in training mode either: a mask needs the step it belongs to (see `packed`).
         """
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length]")
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            given = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(f"input_ids is {given}; it must be an integer tensor [batch, length]")
         sequences, length = input_ids.shape
         cu_seqlens = torch.arange(sequences + 1, dtype=torch.int32, device=input_ids.device) * length
         positions = torch.arange(length, device=input_ids.device).repeat(sequences)
