@@ -179,6 +179,10 @@ def test_a_directory_that_holds_a_run_is_replaced_only_on_demand(finished: Path,
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     refused(leantune("train", finished / "recipe.toml", "--out", out), "holds a run already.*--overwrite")
+    shutil.copytree(finished / "adapter", tmp_path / "bare" / "adapter")
+    refused(
+        leantune("train", finished / "recipe.toml", "--out", tmp_path / "bare"), "holds results already.*--overwrite"
+    )
     shutil.rmtree(out / "adapter")
     shutil.rmtree(out / "merged")
     refused(leantune("train", finished / "recipe.toml", "--out", out), "holds a run already.*--overwrite")

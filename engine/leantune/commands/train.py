@@ -86,7 +86,9 @@ def train(
         str | None, _option(_RUN, "DIR", "Directory of the run: adapter, checkpoints, metrics, loss curve, recipe.")
     ] = None,
     threads: Annotated[int | None, _option(_RUN, "N", options.THREADS, options.ALL_CORES)] = None,
-    save_every: Annotated[int | None, _option(_RUN, "STEPS", "Checkpoint every so many steps.", "every epoch and ten minutes")] = None,
+    save_every: Annotated[
+        int | None, _option(_RUN, "STEPS", "Checkpoint every so many steps.", "every epoch and ten minutes")
+    ] = None,
     eval_every: Annotated[
         int | None, _option(_RUN, "STEPS", "Measure --eval-data every so many steps.", "every epoch")
     ] = None,
