@@ -53,6 +53,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name. Raises ConfigError that lists the known ones."""
     from leantune.model import DTYPES
 
     if name not in DTYPES:

@@ -36,6 +36,7 @@ class Records:
 
 
 def place(name: str, by_line: bool, number: int) -> str:
+    """Where a record came from, as errors say it: "train.jsonl:17", or "records[17]" without lines."""
     return f"{name}:{number}" if by_line else f"{name}[{number}]"
 
 

@@ -33,10 +33,12 @@ def rename(record: Record, fields: Mapping[str, str] | None, where: str) -> Reco
 
 
 def as_text(record: Record, where: str) -> str:
+    """The record's text. Raises DataError that begins with `where`."""
     return _string(record, "text", where)
 
 
 def as_pair(record: Record, where: str) -> tuple[str, str]:
+    """(prompt, completion) of the record. Raises DataError that begins with `where`."""
     return _string(record, "prompt", where), _string(record, "completion", where)
 
 

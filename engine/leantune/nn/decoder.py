@@ -26,6 +26,8 @@ _LOSS_ROWS = 256  # rows of logits held at a time
 
 
 class Layer(nn.Module):
+    """One transformer layer, [T, H] -> [T, H]: its modules, and the two blocks that compute with them."""
+
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         path = f"model.layers.{index}"
@@ -41,12 +43,16 @@ class Layer(nn.Module):
 
 
 class Embedding(nn.Module):
+    """Weight [vocab_size, H], shared with the head where the config ties them."""
+
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, width, device="meta"), requires_grad=False)
 
 
 class Backbone(nn.Module):
+    """Embedding, layers and final norm, under the names that Hugging Face gives them."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
