@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from leantune import display, metrics
 from leantune.checkpoint.atomic import sweep
 from leantune.checkpoint.state import latest_state, load_state, prune, save_state
-from leantune.config import TrainConfig
+from leantune.config import DEFAULT_BATCH_TOKENS, TrainConfig
 from leantune.data.batch import PackedBatch, Step, collate, plan_epoch
 from leantune.data.dataset import Dataset
 from leantune.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -197,7 +197,7 @@ class Trainer:
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-            self._not_finite(f"step {self.step + 1}: {what}", batches)
+            self._not_finite(f"step {self.step + 1}: {what}", "no update was made, ", batches)
         self.optimizer.step(lr, norm, self.config.max_grad_norm or None)
         self.step += 1
         tokens = sum(b.tokens for b in batches)
@@ -252,9 +252,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self.eval_data is not None
-        result = evaluate(self.model, self.eval_data, self.config.batch_tokens or 2048)
+        result = evaluate(self.model, self.eval_data, self.config.batch_tokens or DEFAULT_BATCH_TOKENS)
         if not math.isfinite(result.loss):
-            self._not_finite(f"the evaluation loss is {result.loss}", [])
+            self._not_finite(f"step {self.step}: the evaluation loss is {result.loss}")
         self._last_eval = result.loss
         if self.out is not None:
             row = {"step": self.step, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
@@ -290,8 +290,8 @@ class Trainer:
     def _total_steps(self, epochs: int | None, max_steps: int | None) -> int:
         in_epochs = None if epochs is None else sum(self._steps(e) for e in range(epochs))
         counts = [n for n in (in_epochs, max_steps) if n is not None]
-        longest = max(sum(int(self.data.lengths[i]) for i in m) for step in self._plan(0) for m in step)
-        self.model.arena.capacity = max(self.model.arena.capacity, self.config.batch_tokens or longest)
+        largest = max(int(self.data.lengths[m].sum()) for step in self._plan(0) for m in step)
+        self.model.arena.capacity = max(self.model.arena.capacity, largest)
         return min(counts)
 
     # ---- stopping and going on ---------------------------------------------------------------------------------------
@@ -330,17 +330,17 @@ class Trainer:
             "or Trainer(..., resume=True)"
         )
 
-    def _not_finite(self, what: str, batches: list[PackedBatch]) -> None:
+    def _not_finite(self, what: str, done: str = "", batches: Sequence[PackedBatch] = ()) -> None:
         for p in self.optimizer.parameters.values():
             p.grad = None
         sources = ", ".join(self.data[i].source for b in batches for i in b.indices[:3])
         where = f" (samples {sources}, ...)" if sources else ""
-        kept = "the model in memory holds the last good weights"
+        kept = f"the model in memory holds the weights after step {self.step}"
         if self.out is not None:
             # Nothing is pruned: an earlier checkpoint may be the better one to go on from.
             kept = f"the state after step {self.step} is in {self._save(pruning=False)}"
         raise TrainingError(
-            f"{what}{where}; no update was made, {kept}. Resume with a lower lr (now {self.config.lr}) or more "
+            f"{what}{where}; {done}{kept}. Resume with a lower lr (now {self.config.lr}) or more "
             "warmup, or look at these samples"
         )
 

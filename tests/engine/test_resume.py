@@ -245,6 +245,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert all(torch.equal(tensors[f"parameter.{name}"], value) for name, value in good.items())
 
 
+def test_an_evaluation_that_is_not_finite_stops_the_run(tiny_directory, data, tmp_path, monkeypatch):
+    t = trainer(prepared(tiny_directory), data, out=tmp_path / "run", eval_data=data, eval_every=2)
+    bad = lt.EvalResult(float("nan"), float("nan"), 1)
+    monkeypatch.setattr("leantune.loop.evaluate", lambda *arguments: bad)
+    with pytest.raises(lt.TrainingError, match=r"^step 2: the evaluation loss is nan; the state after step 2 is in"):
+        t.fit(max_steps=4)
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_directory, data, tmp_path):
     model = prepared(tiny_directory)
     t = trainer(model, data, out=tmp_path / "run")
