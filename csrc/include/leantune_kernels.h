@@ -37,6 +37,13 @@ LT_API const char *lt_adopt_openmp(void);
 LT_API int lt_set_num_threads(int threads);
 LT_API int lt_num_threads(void);
 
+/* ---- CUDA ---------------------------------------------------------------------------------------------------------
+ * lt_cuda_<name> is lt_<name> on device pointers, in the library built from csrc/<op>/cuda.cu; it is declared beside
+ * its twin. Scratch memory, where one is needed, is an argument and lies on the device; `stream`, always last, is a
+ * cudaStream_t. The result is 0 or the cudaError_t of the launch.
+ */
+LT_API const char *lt_cuda_error_string(int status);
+
 /* ---- RMSNorm ------------------------------------------------------------------------------------------------------
  * y[t, h] = x[t, h] * rstd[t] * weight[h],  rstd[t] = 1 / sqrt(mean_h(x[t, h]^2) + eps).
  * Backward: dx = rstd * (g - x * rstd^2 * mean(g * x)) with g = dy * weight, plus `residual` where not null (the
@@ -48,6 +55,15 @@ LT_API int lt_rms_norm_backward(int dtype, const void *dy, int64_t dy_stride, co
                                 int weight_dtype, const void *weight, const float *rstd, const void *residual,
                                 int64_t residual_stride, void *dx, int64_t dx_stride, float *dweight, int64_t rows,
                                 int64_t cols);
+
+/* `partials`: ceil(rows / 256) * cols floats, needed with dweight. */
+LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight,
+                                    void *y, int64_t y_stride, float *rstd, int64_t rows, int64_t cols, float eps,
+                                    void *stream);
+LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
+                                     int weight_dtype, const void *weight, const float *rstd, const void *residual,
+                                     int64_t residual_stride, void *dx, int64_t dx_stride, float *dweight,
+                                     float *partials, int64_t rows, int64_t cols, void *stream);
 
 /* ---- Rotary embedding ---------------------------------------------------------------------------------------------
  * In place, for every token and head: (x[i], x[i + half]) becomes (x[i] c - x[i + half] s, x[i + half] c + x[i] s) with
@@ -148,21 +164,6 @@ LT_API int lt_low_rank_gradients(int dtype, const void *x, int64_t x_stride, int
 LT_API int lt_low_rank_add(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
                            int64_t p_rank_step, const float *q, int64_t q_rank_step, int64_t q_output_step, void *y,
                            int64_t y_stride, int64_t rows, int64_t inputs, int64_t rank, int64_t outputs, float scale);
-
-/* ---- CUDA --------------------------------------------------------------------------------------------------------
- * The same operations on device pointers, in the library built from csrc/<op>/cuda.cu (leantune_kernels/_cuda*.so).
- * `stream` is a cudaStream_t; the result is 0 or the cudaError_t of the launch. `partials` is device scratch of
- * ceil(rows / 256) * cols floats, needed with dweight.
- */
-LT_API const char *lt_cuda_error_string(int status);
-
-LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight,
-                                    void *y, int64_t y_stride, float *rstd, int64_t rows, int64_t cols, float eps,
-                                    void *stream);
-LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
-                                     int weight_dtype, const void *weight, const float *rstd, const void *residual,
-                                     int64_t residual_stride, void *dx, int64_t dx_stride, float *dweight,
-                                     float *partials, int64_t rows, int64_t cols, void *stream);
 
 #ifdef __cplusplus
 }

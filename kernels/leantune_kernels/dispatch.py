@@ -25,6 +25,8 @@ IMPLEMENTATIONS = {
     "reference": "reference",
 }
 
+EMULATED = ("cuda", "triton")  # on the memory of the cpu they run for tests alone, and slowly
+
 
 class CannotServe(RuntimeError):
     """No implementation, or not the forced one, can take the call; the message lists the reasons."""
@@ -56,6 +58,8 @@ class Op:
 
     def refusal(self, name: str, x: torch.Tensor) -> str | None:
         """Why implementation `name` cannot take a call on `x`; None if it can."""
+        if name == "triton" and importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'leantune[gpu]')"
         module = self.implementation(name)
         return "not written for this op" if module is None else module.refuses(x)
 
@@ -72,6 +76,8 @@ class Op:
         reasons = []
         for name in [wanted] if wanted else IMPLEMENTATIONS:
             reason = self.refusal(name, x)
+            if reason is None and not wanted and name in EMULATED and x.device.type == "cpu":
+                reason = "emulated on cpu, so only where it is forced"
             if reason is None:
                 log.info("%s on %s %s: %s", self.name, x.device.type, x.dtype, name)
                 module = self.implementation(name)

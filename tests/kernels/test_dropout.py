@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from leantune_kernels.cpu import lib
 from leantune_kernels.dropout import dropout, forward, native_impl, reference, threshold
-from leantune_kernels.native import lib
 
 LEVELS = ["base", "avx2", "avx512"]
 

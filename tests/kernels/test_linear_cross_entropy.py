@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leantune_kernels import testing
+from leantune_kernels.cpu import lib
 from leantune_kernels.linear_cross_entropy import forward, linear_cross_entropy, native_impl, reference
 from leantune_kernels.linear_cross_entropy.cases import _case
-from leantune_kernels.native import lib
 
 
 def problem(rows=21, cols=12, vocab=90, ignored=0.3, seed=0):

@@ -18,7 +18,7 @@ SIZES = [
 
 @pytest.fixture(params=["reference", "cpu:base", "cpu:avx2", "cpu:avx512"], autouse=True)
 def implementation(request, monkeypatch):
-    from leantune_kernels.native import lib
+    from leantune_kernels.cpu import lib
 
     torch.manual_seed(0)
     name, _, level = request.param.partition(":")

@@ -84,7 +84,7 @@ def test_the_library_links_no_openmp_runtime():
 
 
 def test_with_pytorch_its_openmp_runtime_is_used():
-    from leantune_kernels.native import OPENMP_RUNTIME
+    from leantune_kernels.cpu import OPENMP_RUNTIME
 
     assert "omp" in Path(OPENMP_RUNTIME).name
     loaded = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
@@ -145,7 +145,7 @@ def test_pytorchs_own_openmp_runtime_is_used_where_another_was_loaded_first(tmp_
         f"import ctypes\nctypes.CDLL({str(other)!r})\n"
         "from leantune_kernels import _native\n"
         "{first}\n"
-        "import leantune_kernels.native as native\n"
+        "import leantune_kernels.cpu as native\n"
         "print(native.OPENMP_RUNTIME)\n"
     )
     result = run(code.format(first=""))
@@ -155,7 +155,7 @@ def test_pytorchs_own_openmp_runtime_is_used_where_another_was_loaded_first(tmp_
 
 
 def test_an_instruction_level_can_be_forced():
-    code = "import leantune_kernels.native as n; print(n.lib.isa())"
+    code = "import leantune_kernels.cpu as n; print(n.lib.isa())"
     assert run(code, LEANTUNE_ISA="base").stdout.strip() == "base"
     refused = run(code, LEANTUNE_ISA="sse9")
     assert refused.returncode and "'sse9' is none of base, avx2, avx512" in refused.stderr

@@ -35,7 +35,7 @@ def all_cases_and_dtypes():
 @pytest.fixture(params=["reference", *(f"cpu:{level}" for level in LEVELS)])
 def implementation(request, monkeypatch):
     """Forces one implementation, and for the C++ one an instruction level, through the user's own switch."""
-    from leantune_kernels.native import lib
+    from leantune_kernels.cpu import lib
 
     name, _, level = request.param.partition(":")
     monkeypatch.setenv("LEANTUNE_IMPL", name)

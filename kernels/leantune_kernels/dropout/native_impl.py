@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.native import DTYPE_CODES, lib, refuses
+from leantune_kernels.cpu import DTYPE_CODES, lib, refuses
 
 __all__ = ["forward", "refuses"]
 

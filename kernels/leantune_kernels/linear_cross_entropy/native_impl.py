@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.native import address, lib, refuses
+from leantune_kernels.cpu import address, lib, refuses
 
 __all__ = ["cross_entropy_rows", "refuses"]
 

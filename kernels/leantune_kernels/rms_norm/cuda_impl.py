@@ -1,13 +1,10 @@
-"""RMSNorm by csrc/rms_norm/cuda.cu. Compiled and loaded in the tests, not yet run on a device."""
+"""RMSNorm by csrc/rms_norm/cuda.cu."""
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int
-
 import torch
 
-from leantune_kernels.cuda import call, refuses
-from leantune_kernels.native import DTYPE_CODES, rows
+from leantune_kernels.cuda import DTYPE_CODES, address, lib, refuses, rows, stream
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -18,10 +15,11 @@ def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
     x, weight = rows(x), weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    call(
-        "rms_norm_forward", c_int(DTYPE_CODES[x.dtype]), x, x.stride(0), c_int(DTYPE_CODES[weight.dtype]), weight,
-        y, y.stride(0), rstd, x.shape[0], x.shape[1], c_float(eps), device=x.device,
-    )  # fmt: skip
+    with stream(x) as s:
+        lib.rms_norm_forward(
+            DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), DTYPE_CODES[weight.dtype], weight.data_ptr(),
+            y.data_ptr(), y.stride(0), rstd.data_ptr(), x.shape[0], x.shape[1], eps, s,
+        )  # fmt: skip
     return y, rstd
 
 
@@ -33,9 +31,11 @@ def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False): 
     if need_dweight:
         dweight = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
         partials = dweight.new_empty(-(-x.shape[0] // ROWS_PER_PARTIAL), x.shape[1])
-    call(
-        "rms_norm_backward", c_int(DTYPE_CODES[x.dtype]), dy, dy.stride(0), x, x.stride(0),
-        c_int(DTYPE_CODES[weight.dtype]), weight, rstd, residual, 0 if residual is None else residual.stride(0),
-        dx, dx.stride(0), dweight, partials, x.shape[0], x.shape[1], device=x.device,
-    )  # fmt: skip
+    with stream(x) as s:
+        lib.rms_norm_backward(
+            DTYPE_CODES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
+            DTYPE_CODES[weight.dtype], weight.data_ptr(), rstd.data_ptr(),
+            address(residual), 0 if residual is None else residual.stride(0), dx.data_ptr(), dx.stride(0),
+            address(dweight), address(partials), x.shape[0], x.shape[1], s,
+        )  # fmt: skip
     return dx, dweight

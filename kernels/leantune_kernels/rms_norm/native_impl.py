@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.native import DTYPE_CODES, address, lib, refuses, rows
+from leantune_kernels.cpu import DTYPE_CODES, address, lib, refuses, rows
 
 __all__ = ["backward", "forward", "refuses"]
 

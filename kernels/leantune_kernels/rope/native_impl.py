@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leantune_kernels.native import DTYPE_CODES, lib, refuses
+from leantune_kernels.cpu import DTYPE_CODES, lib, refuses
 
 __all__ = ["apply_", "refuses"]
 
