@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <type_traits>
 
 struct uint3 {
@@ -117,8 +116,13 @@ void cp_async_wait(int pending);
 
 // ---- launches
 
-// Runs `thread` for each thread of each block; 0 or a cudaError_t, whose words cudaGetErrorString has.
-int launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()> &thread);
+// Calls thread(context) for each thread of each block; 0 or a cudaError_t, whose words cudaGetErrorString has.
+int launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*thread)(const void *),
+           const void *context);
+
+template <class F> int launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const F &thread) {
+    return launch(kernel, grid, block, dynamic_shared_bytes, [](const void *f) { (*(const F *)f)(); }, &thread);
+}
 
 } // namespace lt_host
 
