@@ -29,10 +29,10 @@ __device__ void scale(const Vec<T, N> &x, float rstd, const U *weight, T *y, int
     store_vec(y + h, result);
 }
 
-// budget: 64 registers, 32 bytes shared
+// budget: 80 registers, 32 bytes shared
 // claims: LDG.128 STG.128
 template <class T, class U, int N>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     rms_norm_forward_kernel(const T *x, int64_t x_stride, const U *weight, T *y, int64_t y_stride, float *rstd,
                             int64_t rows, int64_t cols, float eps) {
     const int64_t step = (int64_t)blockDim.x * N, first = (int64_t)threadIdx.x * N, rest = first + kHeld * step;
