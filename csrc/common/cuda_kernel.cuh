@@ -71,6 +71,16 @@ template <class F> int with_dtype(int dtype, F f) {
     }
 }
 
+// The same on the device, for a storage type that varies within a kernel. `dtype` has been checked by the host.
+template <class F> __device__ inline void with_dtype_on_device(int dtype, F f) {
+    if (dtype == LT_F32)
+        f(float{});
+    else if (dtype == LT_BF16)
+        f(__nv_bfloat16{});
+    else
+        f(__half{});
+}
+
 // Whether every row, `stride_bytes` after the one before, starts at a multiple of 16 bytes. A null pointer does.
 inline bool aligned16(const void *pointer, int64_t stride_bytes) {
     return (uintptr_t)pointer % 16 == 0 && stride_bytes % 16 == 0;
@@ -148,10 +158,9 @@ template <class T, int N> __device__ inline void store_vec(T *p, const Vec<T, N>
 }
 
 // ---- reductions -----------------------------------------------------------------------------------------------------
-// ------------------------------------------------------------------------------------------------------ In a fixed
-// order (a tree within each warp, then one over the warps); every thread gets the result. A warp's functions are called
-// by all its lanes; a block's by all threads of a one-dimensional block of whole warps, THREADS at most.
 
+// In a fixed order (a tree within each warp, then one over the warps); every thread gets the result. A warp's functions
+// are called by all its lanes; a block's by all threads of a one-dimensional block of whole warps, THREADS at most.
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ inline float warp_sum(float x) {
