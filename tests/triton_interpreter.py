@@ -3,7 +3,7 @@
 Importing this sets TRITON_INTERPRET, which Triton reads when kernels are defined, so it comes before them. `install`
 turns on the checks for integer overflow, and corrects two things in which the interpreter is not the device: fp32 is
 narrowed to bf16 by rounding to nearest even (it truncates), and a condition on scalars stays a condition when it is
-broadcast (it becomes an integer and is refused as a mask). Loads and stores are counted in bytes, masked ones left out.
+broadcast (it becomes an integer and is refused as a mask). `counted` says how many bytes kernels move.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,13 +21,38 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+SECTOR = 32  # bytes that a GPU's memory delivers at least
+CACHE = 256 * 1024  # bytes: about one multiprocessor's share of an A100's second-level cache
+
 
 @dataclass
 class Traffic:
-    """Bytes that kernels asked for."""
+    """Bytes between kernels and memory: sectors that a small cache (least recently used) does not hold, and stores.
+
+    What a program reads twice in a row (a row in two passes, the weights beside every row) counts once, as on a device;
+    what a second pass over the whole tensor reads counts again.
+    """
 
     loaded: int = 0
     stored: int = 0
+    cache: dict[int, None] = field(default_factory=dict)
+
+    def load(self, addresses: np.ndarray) -> None:
+        for sector in np.unique(addresses // SECTOR).tolist():
+            if sector not in self.cache:
+                self.loaded += SECTOR
+            self._touch(sector)
+
+    def store(self, addresses: np.ndarray, size: int) -> None:
+        self.stored += addresses.size * size
+        for sector in np.unique(addresses // SECTOR).tolist():
+            self._touch(sector)
+
+    def _touch(self, sector: int) -> None:
+        self.cache.pop(sector, None)
+        self.cache[sector] = None
+        if len(self.cache) > CACHE // SECTOR:
+            del self.cache[next(iter(self.cache))]
 
 
 _counter: Traffic | None = None
@@ -35,7 +60,7 @@ _counter: Traffic | None = None
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Counts the bytes loaded and stored by Triton kernels inside the block."""
+    """Counts the bytes that Triton kernels load and store inside the block."""
     global _counter
     _counter = Traffic()
     try:
@@ -72,13 +97,13 @@ def install() -> None:
     def counting_load(self, ptrs, mask, other, *policy):  # type: ignore[no-untyped-def]
         mask = as_condition(mask)
         if _counter is not None:
-            _counter.loaded += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
+            _counter.load(ptrs.data[mask.data])
         return load(self, ptrs, mask, other, *policy)
 
     def counting_store(self, ptrs, value, mask, *policy):  # type: ignore[no-untyped-def]
         mask = as_condition(mask)
         if _counter is not None:
-            _counter.stored += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
+            _counter.store(ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
         return store(self, ptrs, value, mask, *policy)
 
     def splat_keeping_conditions(self, ret_ty, arg):  # type: ignore[no-untyped-def]

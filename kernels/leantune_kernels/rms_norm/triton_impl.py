@@ -1,4 +1,4 @@
-"""RMSNorm in Triton: a program takes a few whole rows, or the columns of a fixed group of rows for dweight."""
+"""RMSNorm in Triton: a program takes a few whole rows, and leaves their part of the weight's gradient."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
 
 __all__ = ["backward", "forward", "refuses"]
 
-ROWS_PER_PARTIAL = 64
-COLUMNS = 64  # columns a program of the weight's gradient takes
+GROUP = 16  # rows of a program that sums for the weight's gradient: few enough to fill a device, many enough to pay
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -31,37 +30,32 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward(
-    dy_ptr, dy_stride, x_ptr, x_stride, weight_ptr, rstd_ptr, residual_ptr, residual_stride, dx_ptr, dx_stride, rows,
-    cols, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy_ptr, dy_stride, x_ptr, x_stride, weight_ptr, rstd_ptr, residual_ptr, residual_stride, dx_ptr, dx_stride,
+    partials_ptr, rows, cols, HAS_RESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    h = tl.arange(0, BLOCK)
-    mask = (t < rows)[:, None] & (h < cols)[None, :]
-    x = tl.load(x_ptr + t[:, None] * x_stride + h[None, :], mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(dy_ptr + t[:, None] * dy_stride + h[None, :], mask=mask, other=0.0).to(tl.float32)
-    g *= tl.load(weight_ptr + h, mask=h < cols, other=0.0).to(tl.float32)[None, :]
-    rstd = tl.load(rstd_ptr + t, mask=t < rows, other=0.0)
-    correction = rstd * rstd * tl.sum(g * x, axis=1) / cols
-    dx = rstd[:, None] * (g - x * correction[:, None])
-    if HAS_RESIDUAL:
-        residual = residual_ptr + t[:, None] * residual_stride + h[None, :]
-        dx += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + t[:, None] * dx_stride + h[None, :], dx, mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _weight_partials(
-    dy_ptr, dy_stride, x_ptr, x_stride, rstd_ptr, partials_ptr, rows, cols, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """partials[group, h] = sum over the group's rows of dy * x * rstd."""
+    """dx of GROUP rows, ROWS at a time; partials[group, h] = sum over these rows of dy * x * rstd."""
     group = tl.program_id(0).to(tl.int64)
-    t = group * ROWS + tl.arange(0, ROWS)
-    h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (t < rows)[:, None] & (h < cols)[None, :]
-    dy = tl.load(dy_ptr + t[:, None] * dy_stride + h[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + t[:, None] * x_stride + h[None, :], mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + t, mask=t < rows, other=0.0)
-    tl.store(partials_ptr + group * cols + h, tl.sum(dy * x * rstd[:, None], axis=0), mask=h < cols)
+    h = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + h, mask=h < cols, other=0.0).to(tl.float32)
+    partial = tl.zeros([BLOCK], dtype=tl.float32)
+    for begin in range(0, GROUP, ROWS):
+        t = group * GROUP + begin + tl.arange(0, ROWS)
+        mask = (t < rows)[:, None] & (h < cols)[None, :]
+        x = tl.load(x_ptr + t[:, None] * x_stride + h[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + t[:, None] * dy_stride + h[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + t, mask=t < rows, other=0.0)
+        if NEED_DWEIGHT:
+            partial += tl.sum(dy * x * rstd[:, None], axis=0)
+        g = dy * weight[None, :]
+        correction = rstd * rstd * tl.sum(g * x, axis=1) / cols
+        dx = rstd[:, None] * (g - x * correction[:, None])
+        if HAS_RESIDUAL:
+            residual = residual_ptr + t[:, None] * residual_stride + h[None, :]
+            dx += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + t[:, None] * dx_stride + h[None, :], dx, mask=mask)
+    if NEED_DWEIGHT:
+        tl.store(partials_ptr + group * cols + h, partial, mask=h < cols)
 
 
 def _tile(cols: int) -> dict[str, int]:
@@ -88,24 +82,16 @@ def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False):
     dy, x, weight, rstd = rows(dy), rows(x), weight.contiguous(), rstd.contiguous()
     residual = None if residual is None else rows(residual)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    dweight = _weight_gradient(dy, x, rstd) if need_dweight else None  # before dx is written: dx may be dy
-    if x.shape[0]:
-        tile = _tile(x.shape[1])
-        _backward[(ceil_div(x.shape[0], tile["ROWS"]),)](
+    tile = _tile(x.shape[1])
+    group = max(GROUP, tile["ROWS"]) if need_dweight else tile["ROWS"]
+    groups = ceil_div(x.shape[0], group)
+    partials = torch.empty(groups, x.shape[1], dtype=torch.float32, device=x.device) if need_dweight else None
+    if groups:
+        _backward[(groups,)](
             dy_ptr=dy, dy_stride=dy.stride(0), x_ptr=x, x_stride=x.stride(0), weight_ptr=weight, rstd_ptr=rstd,
             residual_ptr=residual, residual_stride=0 if residual is None else residual.stride(0),
-            dx_ptr=dx, dx_stride=dx.stride(0), rows=x.shape[0], cols=x.shape[1],
-            HAS_RESIDUAL=residual is not None, **tile,
+            dx_ptr=dx, dx_stride=dx.stride(0), partials_ptr=partials, rows=x.shape[0], cols=x.shape[1],
+            HAS_RESIDUAL=residual is not None, NEED_DWEIGHT=need_dweight, GROUP=group, **tile,
         )  # fmt: skip
-    return dx, dweight
-
-
-def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
-    groups = ceil_div(x.shape[0], ROWS_PER_PARTIAL)
-    partials = torch.empty(groups, x.shape[1], dtype=torch.float32, device=x.device)
-    if groups:
-        _weight_partials[(groups, ceil_div(x.shape[1], COLUMNS))](
-            dy_ptr=dy, dy_stride=dy.stride(0), x_ptr=x, x_stride=x.stride(0), rstd_ptr=rstd, partials_ptr=partials,
-            rows=x.shape[0], cols=x.shape[1], ROWS=ROWS_PER_PARTIAL, COLUMNS=COLUMNS, num_warps=4,
-        )  # fmt: skip
-    return partials.sum(0)  # a fixed order: torch's own reduction of [groups, H], small beside the rest
+    # The order of torch's sum over the groups is fixed, and the groups are a sixteenth of the rows.
+    return dx, None if partials is None else partials.sum(0)
