@@ -66,12 +66,16 @@ LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64_t dy_strid
                                      float *partials, int64_t rows, int64_t cols, void *stream);
 
 /* ---- Rotary embedding ---------------------------------------------------------------------------------------------
- * In place, for every token and head: (x[i], x[i + half]) becomes (x[i] c - x[i + half] s, x[i + half] c + x[i] s) with
- * c, s = cos, sin[positions[token], i]; cos and sin are dense [.., half]. Columns from 2 * half on stay as they are.
- * `inverse` turns the other way (the backward pass). positions are not checked here.
+ * In place, for every token and head of q and k: the pair (a, b) becomes (a c - b s, b c + a s) with c, s = cos,
+ * sin[positions[token], i]; cos and sin are dense [table_rows, half]. Pair i < half is columns (i, i + half), or
+ * (2 i, 2 i + 1) where `interleaved`; columns from 2 * half on stay as they are. `inverse` turns the other way (the
+ * backward pass). k may be null with k_heads 0. A position outside [0, table_rows) is LT_INVALID; on a device the
+ * token's pairs become NaN.
  */
-LT_API int lt_rope(int dtype, void *x, int64_t token_stride, int64_t head_stride, const float *cos, const float *sin,
-                   const int64_t *positions, int64_t tokens, int64_t heads, int64_t half, int inverse);
+LT_API int lt_rope(int dtype, void *q, int64_t q_token_stride, int64_t q_head_stride, int64_t q_heads, void *k,
+                   int64_t k_token_stride, int64_t k_head_stride, int64_t k_heads, const float *cos, const float *sin,
+                   int64_t table_rows, const int64_t *positions, int64_t tokens, int64_t half, int interleaved,
+                   int inverse);
 
 /* ---- SwiGLU -------------------------------------------------------------------------------------------------------
  * h = silu(gate) * up. Backward is in place: dh becomes h, gate becomes d_gate, up becomes d_up.
