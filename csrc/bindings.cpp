@@ -110,10 +110,15 @@ PYBIND11_MODULE(_native, m) {
 
     // Cross-entropy
     m.def("cross_entropy_rows", checked(lt_cross_entropy_rows));
+    m.def("distillation_rows", checked(lt_distillation_rows));
 
     // Optimizers
     m.def("adamw", checked(lt_adamw));
     m.def("sum_of_squares", checked(lt_sum_of_squares));
+
+    // Embedding
+    m.def("embedding_forward", checked(lt_embedding_forward));
+    m.def("embedding_backward", checked(lt_embedding_backward));
 
     // Dropout
     m.def("dropout", checked(lt_dropout));

@@ -94,6 +94,14 @@ LT_API int lt_cross_entropy_rows(float *logits, int64_t stride, const int64_t *t
                                  float scale, float label_smoothing, float z_loss, int need_gradient, double *losses,
                                  int64_t rows, int64_t cols);
 
+/* Soft targets, for distillation: losses[t] = alpha T^2 KL(softmax(z / T) || softmax(x / T)) + (1 - alpha) (lse -
+ * x[targets[t]]), x = logits[t], z = teacher[t], T = temperature; gradient as above. With alpha 1, targets are not read
+ * and may be null. A teacher's logit of -infinity is a probability of 0. */
+LT_API int lt_distillation_rows(float *logits, int64_t stride, int teacher_dtype, const void *teacher,
+                                int64_t teacher_stride, const int64_t *targets, const float *row_scale, float scale,
+                                float alpha, float temperature, int need_gradient, double *losses, int64_t rows,
+                                int64_t cols);
+
 /* ---- AdamW over a list of tensors ---------------------------------------------------------------------------------
  * In place, with decoupled decay, at step `step` (from 1), on fp32 parameters and moments; every array has `tensors`
  * entries, tensors are contiguous, grad_dtypes are enum lt_dtype. A null gradient leaves its tensor as it is.
@@ -110,6 +118,21 @@ LT_API int lt_adamw(int64_t tensors, const int64_t *sizes, float *const *params,
  */
 LT_API int lt_sum_of_squares(int64_t tensors, const int64_t *sizes, const void *const *data, const int64_t *dtypes,
                              double *result);
+
+/* ---- Embedding ----------------------------------------------------------------------------------------------------
+ * forward:  y[t] = scale * weight[ids[t]]. An id outside [0, vocabulary) is LT_INVALID; on a device its row is NaN.
+ * backward: dweight[v] = scale * the sum of dy[t] over the t with ids[t] = v, in the order of t in fp32, then stored
+ *           (or added to what is there, if `accumulate`). `order` [tokens] sorts the ids and keeps the order of equal
+ *           ones, sorted_ids[i] = ids[order[i]]. Row padding_idx gets no gradient, -1 for none; ids outside
+ *           [0, vocabulary) are left out.
+ */
+LT_API int lt_embedding_forward(int dtype, const void *weight, int64_t weight_stride, const int64_t *ids, int y_dtype,
+                                void *y, int64_t y_stride, int64_t tokens, int64_t vocabulary, int64_t cols,
+                                float scale);
+LT_API int lt_embedding_backward(int dtype, const void *dy, int64_t dy_stride, const int64_t *sorted_ids,
+                                 const int64_t *order, int dweight_dtype, void *dweight, int64_t dweight_stride,
+                                 int64_t tokens, int64_t vocabulary, int64_t cols, float scale, int64_t padding_idx,
+                                 int accumulate);
 
 /* ---- Dropout ------------------------------------------------------------------------------------------------------
  * y[i] = x[i] * (u >= threshold ? scale : 0); u is word e % 4 of Philox4x32-10 at counter e / 4 with key `seed`,
