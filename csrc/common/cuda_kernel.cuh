@@ -73,7 +73,7 @@ inline int64_t max_shared_bytes() {
 
 template <class A, class B> __host__ __device__ constexpr A ceil_div(A a, B b) { return (a + b - 1) / b; }
 
-// f(T{}) for the storage type T that `dtype` names; on the host its result, or cudaErrorInvalidValue.
+// f(T{}) for the storage type T that `dtype` names, or cudaErrorInvalidValue.
 template <class F> int with_dtype(int dtype, F f) {
     switch (dtype) {
     case LT_F32:
@@ -85,15 +85,6 @@ template <class F> int with_dtype(int dtype, F f) {
     default:
         return (int)cudaErrorInvalidValue;
     }
-}
-
-template <class F> __device__ inline void with_dtype_on_device(int dtype, F f) {
-    if (dtype == LT_F32)
-        f(float{});
-    else if (dtype == LT_BF16)
-        f(__nv_bfloat16{});
-    else
-        f(__half{});
 }
 
 // Whether every row, `stride_bytes` after the one before, starts at a multiple of 16 bytes. A null pointer does.
