@@ -174,6 +174,7 @@ PYBIND11_MODULE(_native, m) {
 
     // Rotary embedding
     m.def("rope", checked(lt_rope));
+    CUDA(rope);
 
     // Gated activations
     m.def("swiglu_forward", checked(lt_swiglu_forward));
@@ -181,13 +182,23 @@ PYBIND11_MODULE(_native, m) {
 
     // Cross-entropy
     m.def("cross_entropy_rows", checked(lt_cross_entropy_rows));
+    m.def("distillation_rows", checked(lt_distillation_rows));
+    CUDA(cross_entropy_rows);
+    CUDA(distillation_rows);
 
     // Optimizers
     m.def("adamw", checked(lt_adamw));
     m.def("sum_of_squares", checked(lt_sum_of_squares));
 
+    // Embedding
+    m.def("embedding_forward", checked(lt_embedding_forward));
+    m.def("embedding_backward", checked(lt_embedding_backward));
+    CUDA(embedding_forward);
+    CUDA(embedding_backward);
+
     // Dropout
     m.def("dropout", checked(lt_dropout));
+    CUDA(dropout);
 
     // Low-rank products
     m.def("low_rank_merge", checked(lt_low_rank_merge));
