@@ -134,6 +134,21 @@ LT_API int lt_attention_backward(int dtype, const void *grad, int64_t grad_strid
                                  int64_t dv_head, const int32_t *cu_seqlens, int64_t sequences, int64_t heads,
                                  int64_t kv_heads, int64_t head_dim, float scale, int causal, int64_t window);
 
+/* head_dim <= 256. `tokens` is cu_seqlens[sequences], which lies on the device; `delta`: heads * tokens floats. */
+LT_API int lt_cuda_attention_forward(int dtype, const void *q, int64_t q_stride, int64_t q_head, const void *k,
+                                     int64_t k_stride, int64_t k_head, const void *v, int64_t v_stride, int64_t v_head,
+                                     void *o, int64_t o_stride, int64_t o_head, float *lse, const int32_t *cu_seqlens,
+                                     int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
+                                     int causal, int64_t window, int64_t tokens, void *stream);
+LT_API int lt_cuda_attention_backward(int dtype, const void *grad, int64_t grad_stride, int64_t grad_head,
+                                      const void *q, int64_t q_stride, int64_t q_head, const void *k, int64_t k_stride,
+                                      int64_t k_head, const void *v, int64_t v_stride, int64_t v_head, const void *o,
+                                      int64_t o_stride, int64_t o_head, const float *lse, void *dq, int64_t dq_stride,
+                                      int64_t dq_head, void *dk, int64_t dk_stride, int64_t dk_head, void *dv,
+                                      int64_t dv_stride, int64_t dv_head, const int32_t *cu_seqlens, int64_t sequences,
+                                      int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int causal,
+                                      int64_t window, float *delta, int64_t tokens, void *stream);
+
 /* ---- Low-rank products (LoRA) -------------------------------------------------------------------------------------
  * For a linear layer of K inputs and N outputs with fp32 factors A [r, K] and B [N, r].
  * merge:     out [N, K] fp32 = weight + scale * B A. rank 0 is a plain copy. out may be the weight.

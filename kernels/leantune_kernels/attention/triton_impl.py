@@ -42,7 +42,7 @@ def _own_block(cu_ptr, sequences, BLOCK: tl.constexpr):
 
 @triton.jit
 def _met(first, length, back, ahead, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """What the positions [first, first + BLOCK) meet, each from `back` before it to `ahead` after it, in blocks of STEP.
+    """What the positions [first, first + BLOCK) meet, each from `back` before it to `ahead` after it, by STEP.
 
     Returns (start, full, full_end, end): the blocks of [full, full_end) need no mask.
     """
