@@ -171,6 +171,8 @@ PYBIND11_MODULE(_native, m) {
     // Attention
     m.def("attention_forward", checked(lt_attention_forward));
     m.def("attention_backward", checked(lt_attention_backward));
+    CUDA(attention_forward);
+    CUDA(attention_backward);
 
     // Rotary embedding
     m.def("rope", checked(lt_rope));

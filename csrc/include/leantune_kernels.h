@@ -165,22 +165,38 @@ LT_API int lt_cuda_dropout(int dtype, const void *x, void *y, int64_t size, uint
 
 /* ---- packed attention -----------------------------------------------------------------------------------------------
  * o[t, h] = sum_j softmax_j(scale * <q[t, h], k[j, h']>) * v[j, h'] over the tokens j of t's own sequence, j <= t where
- * causal, with h' = h / (heads / kv_heads). Token t of head h is at t * x_stride + h * x_head, head_dim contiguous
- * elements. Sequence s holds tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1; cu_seqlens starts at 0 and never falls.
- * lse [heads, tokens] is the logarithm of the softmax's denominator, kept for backward. `grad` is the gradient of o.
+ * causal, |t - j| < window where window > 0 (0: no window), with h' = h / (heads / kv_heads). Token t of head h is at
+ * t * x_stride + h * x_head, head_dim contiguous elements. Sequence s holds tokens cu_seqlens[s] to
+ * cu_seqlens[s + 1] - 1; cu_seqlens starts at 0 and never falls. lse [heads, tokens] is the logarithm of the softmax's
+ * denominator, kept for backward. `grad` is the gradient of o.
  */
 LT_API int lt_attention_forward(int dtype, const void *q, int64_t q_stride, int64_t q_head, const void *k,
                                 int64_t k_stride, int64_t k_head, const void *v, int64_t v_stride, int64_t v_head,
                                 void *o, int64_t o_stride, int64_t o_head, float *lse, const int32_t *cu_seqlens,
                                 int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
-                                int causal);
+                                int causal, int64_t window);
 LT_API int lt_attention_backward(int dtype, const void *grad, int64_t grad_stride, int64_t grad_head, const void *q,
                                  int64_t q_stride, int64_t q_head, const void *k, int64_t k_stride, int64_t k_head,
                                  const void *v, int64_t v_stride, int64_t v_head, const void *o, int64_t o_stride,
                                  int64_t o_head, const float *lse, void *dq, int64_t dq_stride, int64_t dq_head,
                                  void *dk, int64_t dk_stride, int64_t dk_head, void *dv, int64_t dv_stride,
                                  int64_t dv_head, const int32_t *cu_seqlens, int64_t sequences, int64_t heads,
-                                 int64_t kv_heads, int64_t head_dim, float scale, int causal);
+                                 int64_t kv_heads, int64_t head_dim, float scale, int causal, int64_t window);
+
+/* head_dim <= 256. `tokens` is cu_seqlens[sequences], which lies on the device; `delta`: heads * tokens floats. */
+LT_API int lt_cuda_attention_forward(int dtype, const void *q, int64_t q_stride, int64_t q_head, const void *k,
+                                     int64_t k_stride, int64_t k_head, const void *v, int64_t v_stride, int64_t v_head,
+                                     void *o, int64_t o_stride, int64_t o_head, float *lse, const int32_t *cu_seqlens,
+                                     int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
+                                     int causal, int64_t window, int64_t tokens, void *stream);
+LT_API int lt_cuda_attention_backward(int dtype, const void *grad, int64_t grad_stride, int64_t grad_head,
+                                      const void *q, int64_t q_stride, int64_t q_head, const void *k, int64_t k_stride,
+                                      int64_t k_head, const void *v, int64_t v_stride, int64_t v_head, const void *o,
+                                      int64_t o_stride, int64_t o_head, const float *lse, void *dq, int64_t dq_stride,
+                                      int64_t dq_head, void *dk, int64_t dk_stride, int64_t dk_head, void *dv,
+                                      int64_t dv_stride, int64_t dv_head, const int32_t *cu_seqlens, int64_t sequences,
+                                      int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int causal,
+                                      int64_t window, float *delta, int64_t tokens, void *stream);
 
 /* ---- Low-rank products (LoRA) -------------------------------------------------------------------------------------
  * For a linear layer of K inputs and N outputs with fp32 factors A [r, K] and B [N, r].
