@@ -114,6 +114,7 @@ PYBIND11_MODULE(_native, m) {
     // Optimizers
     m.def("adamw", checked(lt_adamw));
     m.def("sum_of_squares", checked(lt_sum_of_squares));
+    m.def("scale", checked(lt_scale));
 
     // Dropout
     m.def("dropout", checked(lt_dropout));

@@ -90,22 +90,46 @@ LT_API int lt_cross_entropy_rows(float *logits, int64_t stride, const int64_t *t
                                  float scale, float label_smoothing, float z_loss, int need_gradient, double *losses,
                                  int64_t rows, int64_t cols);
 
-/* ---- AdamW over a list of tensors ---------------------------------------------------------------------------------
- * In place, with decoupled decay, at step `step` (from 1), on fp32 parameters and moments; every array has `tensors`
- * entries, tensors are contiguous, grad_dtypes are enum lt_dtype. A null gradient leaves its tensor as it is.
- *   g = grad_scale * grad;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
+/* ---- Optimizers over lists of tensors -----------------------------------------------------------------------------
+ * In place, at step `step` (from 1, below 2^32), with g = grad_scale * grad in fp32. A parameter in bf16 or f16 with a
+ * master is the master, rounded to nearest even. One in bf16 without is rounded stochastically, up with the probability
+ * that keeps the mean: the 16 bits below bf16's of the new value plus 16 random bits carry, or do not. The random bits
+ * of element e of tensor number i are half e % 2 (the lower one first) of word e % 8 / 2 of Philox4x32-10 at counter
+ * (e / 8 as 64 bits, i, step) under key `seed`. f16 needs a master. Infinity and NaN pass.
+ *
+ * On CUDA the list and the pieces that it is cut into lie on the device, as everything that they point to. Each tensor
+ * is cut into pieces of LT_PIECE elements, the last one shorter; a list of sums has one double a piece.
+ */
+typedef struct lt_parameter {
+    int64_t size;    /* elements, contiguous */
+    void *data;      /* updated in place */
+    float *master;   /* null, or the fp32 copy that is updated */
+    void *grad;      /* null leaves the tensor as it is */
+    void *states[4]; /* what the optimizer keeps, as said there */
+    double lr, weight_decay;
+    int64_t dtype, grad_dtype; /* enum lt_dtype */
+} lt_parameter;
+
+typedef struct lt_piece {
+    int64_t tensor, begin;
+} lt_piece;
+
+enum { LT_PIECE = 16384 };
+
+/* AdamW. states: m, v, fp32, of the parameter's size.
+ *   m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
  *   p = (1 - lr weight_decay) p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
  */
-LT_API int lt_adamw(int64_t tensors, const int64_t *sizes, float *const *params, const void *const *grads,
-                    const int64_t *grad_dtypes, float *const *exp_avgs, float *const *exp_avg_sqs, const double *lr,
-                    const double *weight_decay, double beta1, double beta2, double eps, double grad_scale,
-                    int64_t step);
+LT_API int lt_adamw(const lt_parameter *list, int64_t tensors, double beta1, double beta2, double eps,
+                    double grad_scale, int64_t step, uint64_t seed);
 
 /* ---- Sum of squares over a list of tensors ------------------------------------------------------------------------
- * For the global gradient norm. Tensors are contiguous, dtypes are enum lt_dtype.
+ * For the global gradient norm: of `grad`, whose types are grad_dtype; a null one counts nothing.
  */
-LT_API int lt_sum_of_squares(int64_t tensors, const int64_t *sizes, const void *const *data, const int64_t *dtypes,
-                             double *result);
+LT_API int lt_sum_of_squares(const lt_parameter *list, int64_t tensors, double *result);
+
+/* grad *= *factor, in place. */
+LT_API int lt_scale(const lt_parameter *list, int64_t tensors, const float *factor);
 
 /* ---- Dropout ------------------------------------------------------------------------------------------------------
  * y[i] = x[i] * (u >= threshold ? scale : 0); u is word e % 4 of Philox4x32-10 at counter e / 4 with key `seed`,
