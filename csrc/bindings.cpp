@@ -113,6 +113,8 @@ PYBIND11_MODULE(_native, m) {
 
     // Optimizers
     m.def("adamw", checked(lt_adamw));
+    m.def("sgd", checked(lt_sgd));
+    m.def("rmsprop", checked(lt_rmsprop));
     m.def("sum_of_squares", checked(lt_sum_of_squares));
     m.def("scale", checked(lt_scale));
 

@@ -123,6 +123,20 @@ enum { LT_PIECE = 16384 };
 LT_API int lt_adamw(const lt_parameter *list, int64_t tensors, double beta1, double beta2, double eps,
                     double grad_scale, int64_t step, uint64_t seed);
 
+/* SGD, by torch.optim.SGD's formula. states: the momentum buffer b, fp32, not needed at momentum 0.
+ *   g += weight_decay p;  b = step == 1 ? g : momentum b + (1 - dampening) g;  p -= lr (nesterov ? g + momentum b : b)
+ */
+LT_API int lt_sgd(const lt_parameter *list, int64_t tensors, double momentum, double dampening, int nesterov,
+                  double grad_scale, int64_t step, uint64_t seed);
+
+/* RMSprop, by torch.optim.RMSprop's formula. states: v; the momentum buffer b, null at momentum 0; the mean gradient a,
+ * null unless centered, which it makes it; all fp32.
+ *   g += weight_decay p;  v = alpha v + (1 - alpha) g^2;  a += (1 - alpha) (g - a);  d = g / (sqrt(v - a^2) + eps)
+ *   b = momentum b + d;  p -= lr b
+ */
+LT_API int lt_rmsprop(const lt_parameter *list, int64_t tensors, double alpha, double eps, double momentum,
+                      double grad_scale, int64_t step, uint64_t seed);
+
 /* ---- Sum of squares over a list of tensors ------------------------------------------------------------------------
  * For the global gradient norm: of `grad`, whose types are grad_dtype; a null one counts nothing.
  */
