@@ -113,6 +113,7 @@ PYBIND11_MODULE(_native, m) {
 
     // Optimizers
     m.def("adamw", checked(lt_adamw));
+    m.def("adamw_8bit", checked(lt_adamw_8bit));
     m.def("sgd", checked(lt_sgd));
     m.def("rmsprop", checked(lt_rmsprop));
     m.def("sum_of_squares", checked(lt_sum_of_squares));

@@ -123,6 +123,20 @@ enum { LT_PIECE = 16384 };
 LT_API int lt_adamw(const lt_parameter *list, int64_t tensors, double beta1, double beta2, double eps,
                     double grad_scale, int64_t step, uint64_t seed);
 
+/* AdamW with its moments in 8 bits, block-wise: element e of m is book_m[codes[e]] * absmax[e / 256], and so is v.
+ * states: m's codes (uint8), its absmax (fp32), v's codes, its absmax; all of it zeros at the start. After the update a
+ * block's absmax is its largest magnitude and a code the entry that is nearest to value * (1 / absmax), the one nearer
+ * to zero where two are as near; where absmax is below 2^-126 all are zero. tables: what
+ * leantune_kernels/adamw_8bit/code_book.py makes by formula; 256 floats book_m and 256 book_v, ascending, then LT_CELLS
+ * uint32 for |m| and as many for v. A cell is a number's upper 16 bits, counted from those of 2^-23; its entry is, in
+ * the upper half, the rank in the book of the cell's lowest number, counted from 0's, and in the lower half the lower
+ * 16 bits beyond which the next rank is nearer.
+ */
+enum { LT_CODE_BLOCK = 256, LT_CELLS = 2945 };
+
+LT_API int lt_adamw_8bit(const lt_parameter *list, int64_t tensors, const void *tables, double beta1, double beta2,
+                         double eps, double grad_scale, int64_t step, uint64_t seed);
+
 /* SGD, by torch.optim.SGD's formula. states: the momentum buffer b, fp32, not needed at momentum 0.
  *   g += weight_decay p;  b = step == 1 ? g : momentum b + (1 - dampening) g;  p -= lr (nesterov ? g + momentum b : b)
  */
