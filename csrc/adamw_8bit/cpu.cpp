@@ -40,16 +40,18 @@ LT_INLINE float largest_magnitude(const float *x, int n) {
 // ranks[i]: how many of the book's entries lie between 0 and the one nearest to |x[i] / absmax|.
 LT_INLINE void find_ranks(const float *x, float inverse, const int32_t *cells, int n, int32_t *ranks) {
     float scaled[kBlock];
-    int32_t bits[kBlock];
+    int32_t bits[kBlock], entries[kBlock];
     for (int i = 0; i < n; ++i)
         scaled[i] = x[i] * inverse;
     memcpy(bits, scaled, (size_t)n * 4);
     for (int i = 0; i < n; ++i) {
-        int32_t cell = ((bits[i] & 0x7fffffff) >> 16) - (104 << 7); // 2^-23 has the exponent 104
-        cell = cell < 0 ? 0 : cell;
-        const int32_t entry = cells[cell < LT_CELLS ? cell : LT_CELLS - 1];
-        ranks[i] = (entry >> 16) + ((bits[i] & 0xffff) > (entry & 0xffff));
+        const int32_t cell = ((bits[i] & 0x7fffffff) >> 16) - (104 << 7); // 2^-23 has the exponent 104
+        entries[i] = cell < 0 ? 0 : cell < LT_CELLS ? cell : LT_CELLS - 1;
     }
+    for (int i = 0; i < n; ++i) // apart: these loads are no vector instruction, all the rest is
+        entries[i] = cells[entries[i]];
+    for (int i = 0; i < n; ++i)
+        ranks[i] = (entries[i] >> 16) + ((bits[i] & 0xffff) > (entries[i] & 0xffff));
 }
 
 LT_INLINE float inverse_of(float absmax) { return absmax >= 0x1p-126f ? 1.0f / absmax : 0.0f; }
