@@ -132,11 +132,11 @@ class ParameterTable:
         return values
 
     def rows(self, grads: Grads, lr: list[float], weight_decay: list[float]) -> torch.Tensor:
-        """The list as lt_parameter [tensors], on the parameters' device: int64 [tensors, FIELDS]."""
+        """The list as lt_parameter [tensors], on the host: int64 [tensors, FIELDS]."""
         rows = self._rows.clone()
         rows[:, [GRAD, GRAD_DTYPE]] = grad_columns(grads)
         rows[:, [LR, WEIGHT_DECAY]] = torch.tensor([lr, weight_decay], dtype=torch.float64).view(torch.int64).t()
-        return rows.to(self.params[0].device, non_blocking=True)
+        return rows
 
     def pieces(self) -> torch.Tensor:
         """The pieces that the list is cut into, as lt_piece, on the parameters' device."""
@@ -152,11 +152,11 @@ def grad_columns(grads: Grads) -> torch.Tensor:
 
 
 def grad_rows(grads: Tensors) -> torch.Tensor:
-    """Contiguous gradients alone as lt_parameter [tensors], on their device: int64 [tensors, FIELDS]."""
+    """Contiguous gradients alone as lt_parameter [tensors], on the host: int64 [tensors, FIELDS]."""
     rows = torch.zeros(len(grads), FIELDS, dtype=torch.int64)
     rows[:, SIZE] = torch.tensor([g.numel() for g in grads], dtype=torch.int64)
     rows[:, [GRAD, GRAD_DTYPE]] = grad_columns(grads)
-    return rows.to(grads[0].device, non_blocking=True)
+    return rows
 
 
 def pieces(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
