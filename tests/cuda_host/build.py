@@ -59,7 +59,8 @@ def build(flavour: str, sources: Iterable[Path] | None = None, name: str = "lean
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         jobs = [(path, kernel_flags) for path in kernels]
-        jobs += [(path, runtime_flags) for path in sorted((HERE / "runtime").glob("*.cpp"))]
+        runtime = sorted((HERE / "runtime").glob("*.cpp"))
+        jobs += [(path, runtime_flags) for path in runtime if path.stem != "trace" or flavour == "traced"]
         with ThreadPoolExecutor(os.cpu_count()) as workers:
             objects = list(workers.map(compile_one, jobs))
         library = folder / f"lib{name}.so"
