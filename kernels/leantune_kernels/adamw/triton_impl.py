@@ -21,35 +21,60 @@ from leantune_kernels.triton_tensor_list import (
     store_value,
 )
 
-__all__ = ["adamw_arguments", "adamw_update", "refuses", "update"]
+__all__ = ["adamw_update", "numbers_of", "rates", "refuses", "update"]
 
 
 @triton.jit
-def adamw_update(p, g, m, v, decay, step_size, numbers):  # type: ignore[no-untyped-def]
-    """(p, m, v) after the step, in float32; numbers: see adamw_arguments."""
-    rest1, beta2, rest2, eps, grad_scale, inverse_correction = numbers
+def adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, inverse_correction):  # type: ignore[no-untyped-def]
+    """(p, m, v) after the step, in float32; what the numbers are: see numbers_of."""
     g = g * grad_scale
     m = m + (g - m) * rest1
     v = v * beta2 + g * g * rest2
     return p * decay - step_size * m / (tl.sqrt(v) * inverse_correction + eps), m, v
 
 
-def adamw_arguments(beta1: float, beta2: float, eps: float, grad_scale: float, step: int) -> dict[str, object]:
-    """What is the same for all tensors, in float32 but computed before."""
-    inverse_correction = (1.0 - beta2**step) ** -0.5
-    numbers = (1.0 - beta1, beta2, 1.0 - beta2, eps, grad_scale, inverse_correction)
-    return {"numbers": numbers, "lr_factor": 1.0 / (1.0 - beta1**step), "step": step}
+@triton.jit
+def rates(row, lr_factor):  # type: ignore[no-untyped-def]
+    """(decay, step_size) of a tensor, from its learning rate and weight decay."""
+    lr = load_double(row, LR)
+    return (1.0 - lr * load_double(row, WEIGHT_DECAY)).to(tl.float32), (lr * lr_factor).to(tl.float32)
+
+
+def numbers_of(beta1: float, beta2: float, eps: float, grad_scale: float, step: int) -> dict[str, float]:
+    """The kernel's arguments that are the same for all tensors; they travel as float32, but are computed before."""
+    return {
+        "rest1": 1.0 - beta1,
+        "beta2": beta2,
+        "rest2": 1.0 - beta2,
+        "eps": eps,
+        "grad_scale": grad_scale,
+        "inverse_correction": (1.0 - beta2**step) ** -0.5,
+        "lr_factor": 1.0 / (1.0 - beta1**step),
+        "step": step,
+    }
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
-def adamw_kernel(rows, pieces, numbers, lr_factor, step, seed: tl.int64, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def adamw_kernel(  # type: ignore[no-untyped-def]
+    rows,
+    pieces,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    grad_scale,
+    inverse_correction,
+    lr_factor,
+    step: tl.int64,
+    seed: tl.int64,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     row, tensor, begin, left = locate(rows, pieces)
     grad = tl.load(row + GRAD)
     if grad == 0:
         return
-    lr = load_double(row, LR)
-    decay = (1.0 - lr * load_double(row, WEIGHT_DECAY)).to(tl.float32)
-    step_size = (lr * lr_factor).to(tl.float32)
+    decay, step_size = rates(row, lr_factor)
     for start in range(0, left, BLOCK):
         offset = begin + start + tl.arange(0, BLOCK)
         mask = start + tl.arange(0, BLOCK) < left
@@ -57,7 +82,7 @@ def adamw_kernel(rows, pieces, numbers, lr_factor, step, seed: tl.int64, BLOCK: 
         p = load_value(row, offset, mask, ALIGNED)
         m = load_state(row, 0, offset, mask, ALIGNED)
         v = load_state(row, 1, offset, mask, ALIGNED)
-        p, m, v = adamw_update(p, g, m, v, decay, step_size, numbers)
+        p, m, v = adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, inverse_correction)
         store_state(row, 0, m, offset, mask, ALIGNED)
         store_state(row, 1, v, offset, mask, ALIGNED)
         store_value(row, p, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
@@ -66,4 +91,4 @@ def adamw_kernel(rows, pieces, numbers, lr_factor, step, seed: tl.int64, BLOCK: 
 def update(table, grads, *, lr, weight_decay, beta1, beta2, eps, grad_scale, step, seed):  # type: ignore[no-untyped-def]
     grid, arguments = launch(table, grads, lr, weight_decay, seed)
     if grid[0]:
-        adamw_kernel[grid](**arguments, **adamw_arguments(beta1, beta2, eps, grad_scale, step))
+        adamw_kernel[grid](**arguments, **numbers_of(beta1, beta2, eps, grad_scale, step))
