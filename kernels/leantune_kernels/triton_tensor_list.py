@@ -56,6 +56,24 @@ def locate(rows, pieces):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def span(left, TAIL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a piece's whole blocks start and end, or with TAIL the rest, which alone needs a mask.
+
+    A kernel's body stands in `for TAIL in tl.static_range(2)`: without a mask accesses are of 16 bytes.
+    """
+    whole = left // BLOCK * BLOCK
+    return (whole, left) if TAIL else (whole * 0, whole)
+
+
+@triton.jit
+def elements(begin, start, left, TAIL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(offsets in the tensor, mask) of the block at `start` of the piece."""
+    inside = start + tl.arange(0, BLOCK)
+    mask = inside < left if TAIL else tl.full([BLOCK], True, tl.int1)
+    return begin + inside, mask
+
+
+@triton.jit
 def load_double(row, FIELD: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.load(row + FIELD).to(tl.float64, bitcast=True)
 
@@ -63,9 +81,8 @@ def load_double(row, FIELD: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def typed(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """`address`, an integer, as a pointer."""
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(TYPE))
+    pointer = address.to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit

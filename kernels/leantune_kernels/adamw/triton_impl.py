@@ -11,12 +11,14 @@ from leantune_kernels.triton_tensor_list import (
     GRAD_DTYPE,
     LR,
     WEIGHT_DECAY,
+    elements,
     launch,
     load_as_float,
     load_double,
     load_state,
     load_value,
     locate,
+    span,
     store_state,
     store_value,
 )
@@ -25,12 +27,12 @@ __all__ = ["adamw_update", "numbers_of", "rates", "refuses", "update"]
 
 
 @triton.jit
-def adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, inverse_correction):  # type: ignore[no-untyped-def]
+def adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, correction):  # type: ignore[no-untyped-def]
     """(p, m, v) after the step, in float32; what the numbers are: see numbers_of."""
     g = g * grad_scale
     m = m + (g - m) * rest1
     v = v * beta2 + g * g * rest2
-    return p * decay - step_size * m / (tl.sqrt(v) * inverse_correction + eps), m, v
+    return p * decay - step_size * m / (tl.sqrt(v) * correction + eps), m, v
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def numbers_of(beta1: float, beta2: float, eps: float, grad_scale: float, step: 
         "rest2": 1.0 - beta2,
         "eps": eps,
         "grad_scale": grad_scale,
-        "inverse_correction": (1.0 - beta2**step) ** -0.5,
+        "correction": (1.0 - beta2**step) ** -0.5,
         "lr_factor": 1.0 / (1.0 - beta1**step),
         "step": step,
     }
@@ -63,7 +65,7 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
     rest2,
     eps,
     grad_scale,
-    inverse_correction,
+    correction,
     lr_factor,
     step: tl.int64,
     seed: tl.int64,
@@ -75,17 +77,18 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
     if grad == 0:
         return
     decay, step_size = rates(row, lr_factor)
-    for start in range(0, left, BLOCK):
-        offset = begin + start + tl.arange(0, BLOCK)
-        mask = start + tl.arange(0, BLOCK) < left
-        g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
-        p = load_value(row, offset, mask, ALIGNED)
-        m = load_state(row, 0, offset, mask, ALIGNED)
-        v = load_state(row, 1, offset, mask, ALIGNED)
-        p, m, v = adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, inverse_correction)
-        store_state(row, 0, m, offset, mask, ALIGNED)
-        store_state(row, 1, v, offset, mask, ALIGNED)
-        store_value(row, p, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
+    for TAIL in tl.static_range(2):
+        low, high = span(left, TAIL, BLOCK)
+        for start in range(low, high, BLOCK):
+            offset, mask = elements(begin, start, left, TAIL, BLOCK)
+            g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
+            p = load_value(row, offset, mask, ALIGNED)
+            m = load_state(row, 0, offset, mask, ALIGNED)
+            v = load_state(row, 1, offset, mask, ALIGNED)
+            p, m, v = adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, correction)
+            store_state(row, 0, m, offset, mask, ALIGNED)
+            store_state(row, 1, v, offset, mask, ALIGNED)
+            store_value(row, p, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
 def update(table, grads, *, lr, weight_decay, beta1, beta2, eps, grad_scale, step, seed):  # type: ignore[no-untyped-def]

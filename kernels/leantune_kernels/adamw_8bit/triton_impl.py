@@ -13,10 +13,12 @@ from leantune_kernels.triton_tensor_list import (
     GRAD,
     GRAD_DTYPE,
     STATES,
+    elements,
     launch,
     load_as_float,
     load_value,
     locate,
+    span,
     store_value,
     typed,
 )
@@ -84,7 +86,7 @@ def adamw_8bit_kernel(  # type: ignore[no-untyped-def]
     rest2,
     eps,
     grad_scale,
-    inverse_correction,
+    correction,
     lr_factor,
     step: tl.int64,
     seed: tl.int64,
@@ -96,19 +98,20 @@ def adamw_8bit_kernel(  # type: ignore[no-untyped-def]
     if grad == 0:
         return
     decay, step_size = rates(row, lr_factor)
-    for start in range(0, left, BLOCK):
-        offset = begin + start + tl.arange(0, BLOCK)
-        mask = start + tl.arange(0, BLOCK) < left
-        first = (begin + start) // CODES
-        count = (left - start + CODES - 1) // CODES
-        g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
-        p = load_value(row, offset, mask, ALIGNED)
-        m = decode(row, 0, books, first, offset, mask, count, BLOCK, ALIGNED)
-        v = decode(row, 2, books + 256, first, offset, mask, count, BLOCK, ALIGNED)
-        p, m, v = adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, inverse_correction)
-        encode(row, 0, m, cells, first, offset, mask, count, True, BLOCK, ALIGNED)
-        encode(row, 2, v, cells + CELLS, first, offset, mask, count, False, BLOCK, ALIGNED)
-        store_value(row, p, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
+    for TAIL in tl.static_range(2):
+        low, high = span(left, TAIL, BLOCK)
+        for start in range(low, high, BLOCK):
+            offset, mask = elements(begin, start, left, TAIL, BLOCK)
+            first = (begin + start) // CODES
+            count = (left - start + CODES - 1) // CODES
+            g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
+            p = load_value(row, offset, mask, ALIGNED)
+            m = decode(row, 0, books, first, offset, mask, count, BLOCK, ALIGNED)
+            v = decode(row, 2, books + 256, first, offset, mask, count, BLOCK, ALIGNED)
+            p, m, v = adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, correction)
+            encode(row, 0, m, cells, first, offset, mask, count, True, BLOCK, ALIGNED)
+            encode(row, 2, v, cells + CELLS, first, offset, mask, count, False, BLOCK, ALIGNED)
+            store_value(row, p, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
 def update(table, grads, *, lr, weight_decay, beta1, beta2, eps, grad_scale, step, seed):  # type: ignore[no-untyped-def]

@@ -13,8 +13,10 @@ from leantune_kernels.triton_tensor_list import (
     GRAD,
     GRAD_DTYPE,
     aligned,
+    elements,
     load_as_float,
     locate,
+    span,
     store_nearest,
 )
 
@@ -26,11 +28,12 @@ def sum_of_squares_kernel(rows, pieces, sums, BLOCK: tl.constexpr, ALIGNED: tl.c
     row, _, begin, left = locate(rows, pieces)
     grad = tl.load(row + GRAD)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, left, BLOCK):
-        offset = begin + start + tl.arange(0, BLOCK)
-        mask = start + tl.arange(0, BLOCK) < left
-        x = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
-        total += x * x
+    for TAIL in tl.static_range(2):
+        low, high = span(left, TAIL, BLOCK)
+        for start in range(low, high, BLOCK):
+            offset, mask = elements(begin, start, left, TAIL, BLOCK)
+            x = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
+            total += x * x
     tl.store(sums + tl.program_id(0), tl.sum(total).to(tl.float64))
 
 
@@ -51,11 +54,12 @@ def scale_kernel(rows, pieces, factor, BLOCK: tl.constexpr, ALIGNED: tl.constexp
     row, _, begin, left = locate(rows, pieces)
     grad = tl.load(row + GRAD)
     code = tl.load(row + GRAD_DTYPE)
-    for start in range(0, left, BLOCK):
-        offset = begin + start + tl.arange(0, BLOCK)
-        mask = start + tl.arange(0, BLOCK) < left
-        x = load_as_float(grad, code, offset, mask, ALIGNED)
-        store_nearest(grad, code, x * by, offset, mask, ALIGNED)
+    for TAIL in tl.static_range(2):
+        low, high = span(left, TAIL, BLOCK)
+        for start in range(low, high, BLOCK):
+            offset, mask = elements(begin, start, left, TAIL, BLOCK)
+            x = load_as_float(grad, code, offset, mask, ALIGNED)
+            store_nearest(grad, code, x * by, offset, mask, ALIGNED)
 
 
 def _launch(grads: list[torch.Tensor]) -> tuple[tuple[int], dict[str, object]]:

@@ -11,12 +11,14 @@ from leantune_kernels.triton_tensor_list import (
     GRAD_DTYPE,
     LR,
     WEIGHT_DECAY,
+    elements,
     launch,
     load_as_float,
     load_double,
     load_state,
     load_value,
     locate,
+    span,
     store_state,
     store_value,
 )
@@ -46,24 +48,25 @@ def rmsprop_kernel(  # type: ignore[no-untyped-def]
         return
     lr = load_double(row, LR).to(tl.float32)
     weight_decay = load_double(row, WEIGHT_DECAY).to(tl.float32)
-    for start in range(0, left, BLOCK):
-        offset = begin + start + tl.arange(0, BLOCK)
-        mask = start + tl.arange(0, BLOCK) < left
-        p = load_value(row, offset, mask, ALIGNED)
-        g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
-        g = g * grad_scale + p * weight_decay
-        v = load_state(row, 0, offset, mask, ALIGNED) * alpha + g * g * rest
-        store_state(row, 0, v, offset, mask, ALIGNED)
-        if CENTERED:
-            a = load_state(row, 2, offset, mask, ALIGNED)
-            a = a + (g - a) * rest
-            store_state(row, 2, a, offset, mask, ALIGNED)
-            v = v - a * a
-        d = g / (tl.sqrt(v) + eps)
-        if MOMENTUM:
-            d = load_state(row, 1, offset, mask, ALIGNED) * momentum + d
-            store_state(row, 1, d, offset, mask, ALIGNED)
-        store_value(row, p - lr * d, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
+    for TAIL in tl.static_range(2):
+        low, high = span(left, TAIL, BLOCK)
+        for start in range(low, high, BLOCK):
+            offset, mask = elements(begin, start, left, TAIL, BLOCK)
+            p = load_value(row, offset, mask, ALIGNED)
+            g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
+            g = g * grad_scale + p * weight_decay
+            v = load_state(row, 0, offset, mask, ALIGNED) * alpha + g * g * rest
+            store_state(row, 0, v, offset, mask, ALIGNED)
+            if CENTERED:
+                a = load_state(row, 2, offset, mask, ALIGNED)
+                a = a + (g - a) * rest
+                store_state(row, 2, a, offset, mask, ALIGNED)
+                v = v - a * a
+            d = g / (tl.sqrt(v) + eps)
+            if MOMENTUM:
+                d = load_state(row, 1, offset, mask, ALIGNED) * momentum + d
+                store_state(row, 1, d, offset, mask, ALIGNED)
+            store_value(row, p - lr * d, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
 def update(table, grads, *, lr, weight_decay, alpha, eps, momentum, grad_scale, step, seed):  # type: ignore[no-untyped-def]

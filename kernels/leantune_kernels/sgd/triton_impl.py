@@ -11,12 +11,14 @@ from leantune_kernels.triton_tensor_list import (
     GRAD_DTYPE,
     LR,
     WEIGHT_DECAY,
+    elements,
     launch,
     load_as_float,
     load_double,
     load_state,
     load_value,
     locate,
+    span,
     store_state,
     store_value,
 )
@@ -44,21 +46,22 @@ def sgd_kernel(  # type: ignore[no-untyped-def]
         return
     lr = load_double(row, LR).to(tl.float32)
     weight_decay = load_double(row, WEIGHT_DECAY).to(tl.float32)
-    for start in range(0, left, BLOCK):
-        offset = begin + start + tl.arange(0, BLOCK)
-        mask = start + tl.arange(0, BLOCK) < left
-        p = load_value(row, offset, mask, ALIGNED)
-        g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
-        g = g * grad_scale + p * weight_decay
-        if MOMENTUM:
-            b = load_state(row, 0, offset, mask & (step > 1), ALIGNED)  # before the first step the buffer is nothing
-            b = b * momentum + g * share
-            store_state(row, 0, b, offset, mask, ALIGNED)
-            if NESTEROV:
-                g = g + b * momentum
-            else:
-                g = b
-        store_value(row, p - lr * g, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
+    for TAIL in tl.static_range(2):
+        low, high = span(left, TAIL, BLOCK)
+        for start in range(low, high, BLOCK):
+            offset, mask = elements(begin, start, left, TAIL, BLOCK)
+            p = load_value(row, offset, mask, ALIGNED)
+            g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
+            g = g * grad_scale + p * weight_decay
+            if MOMENTUM:
+                b = load_state(row, 0, offset, mask & (step > 1), ALIGNED)  # nothing before the first
+                b = b * momentum + g * share
+                store_state(row, 0, b, offset, mask, ALIGNED)
+                if NESTEROV:
+                    g = g + b * momentum
+                else:
+                    g = b
+            store_value(row, p - lr * g, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
 def update(table, grads, *, lr, weight_decay, momentum, dampening, nesterov, grad_scale, step, seed):  # type: ignore[no-untyped-def]
