@@ -124,6 +124,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("rmsprop", checked(lt_rmsprop));
     m.def("sum_of_squares", checked(lt_sum_of_squares));
     m.def("scale", checked(lt_scale));
+    CUDA(adamw);
+    CUDA(adamw_8bit);
+    CUDA(sgd);
+    CUDA(rmsprop);
+    CUDA(sum_of_squares);
+    CUDA(scale);
 
     // Dropout
     m.def("dropout", checked(lt_dropout));

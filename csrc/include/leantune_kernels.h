@@ -159,6 +159,22 @@ LT_API int lt_sum_of_squares(const lt_parameter *list, int64_t tensors, double *
 /* grad *= *factor, in place. */
 LT_API int lt_scale(const lt_parameter *list, int64_t tensors, const float *factor);
 
+/* The same on CUDA: `count` pieces; sums holds as many doubles; list, pieces, tables, factor, result are on the device.
+ */
+LT_API int lt_cuda_adamw(const lt_parameter *list, const lt_piece *pieces, int64_t count, double beta1, double beta2,
+                         double eps, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_adamw_8bit(const lt_parameter *list, const lt_piece *pieces, int64_t count, const void *tables,
+                              double beta1, double beta2, double eps, double grad_scale, int64_t step, uint64_t seed,
+                              void *stream);
+LT_API int lt_cuda_sgd(const lt_parameter *list, const lt_piece *pieces, int64_t count, double momentum,
+                       double dampening, int nesterov, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_rmsprop(const lt_parameter *list, const lt_piece *pieces, int64_t count, double alpha, double eps,
+                           double momentum, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_sum_of_squares(const lt_parameter *list, const lt_piece *pieces, int64_t count, double *sums,
+                                  double *result, void *stream);
+LT_API int lt_cuda_scale(const lt_parameter *list, const lt_piece *pieces, int64_t count, const float *factor,
+                         void *stream);
+
 /* ---- Dropout ------------------------------------------------------------------------------------------------------
  * y[i] = x[i] * (u >= threshold ? scale : 0); u is word e % 4 of Philox4x32-10 at counter e / 4 with key `seed`,
  * e = offset + i. The backward pass is the same call on the gradient. y may be x.
