@@ -190,7 +190,17 @@ PYBIND11_MODULE(_native, m) {
 
     // Optimizers
     m.def("adamw", checked(lt_adamw));
+    m.def("adamw_8bit", checked(lt_adamw_8bit));
+    m.def("sgd", checked(lt_sgd));
+    m.def("rmsprop", checked(lt_rmsprop));
     m.def("sum_of_squares", checked(lt_sum_of_squares));
+    m.def("scale", checked(lt_scale));
+    CUDA(adamw);
+    CUDA(adamw_8bit);
+    CUDA(sgd);
+    CUDA(rmsprop);
+    CUDA(sum_of_squares);
+    CUDA(scale);
 
     // Embedding
     m.def("embedding_forward", checked(lt_embedding_forward));

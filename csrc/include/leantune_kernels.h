@@ -114,22 +114,90 @@ LT_API int lt_cuda_distillation_rows(float *logits, int64_t stride, int teacher_
                                      float scale, float alpha, float temperature, int need_gradient, double *losses,
                                      int64_t rows, int64_t cols, void *stream);
 
-/* ---- AdamW over a list of tensors ---------------------------------------------------------------------------------
- * In place, with decoupled decay, at step `step` (from 1), on fp32 parameters and moments; every array has `tensors`
- * entries, tensors are contiguous, grad_dtypes are enum lt_dtype. A null gradient leaves its tensor as it is.
- *   g = grad_scale * grad;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
+/* ---- Optimizers over lists of tensors -----------------------------------------------------------------------------
+ * In place, at step `step` (from 1, below 2^32), with g = grad_scale * grad in fp32. A parameter in bf16 or f16 with a
+ * master is the master, rounded to nearest even. One in bf16 without is rounded stochastically, up with the probability
+ * that keeps the mean: the 16 bits below bf16's of the new value plus 16 random bits carry, or do not. The random bits
+ * of element e of tensor number i are half e % 2 (the lower one first) of word e % 8 / 2 of Philox4x32-10 at counter
+ * (e / 8 as 64 bits, i, step) under key `seed`. f16 needs a master. Infinity and NaN pass.
+ *
+ * On CUDA the list and the pieces that it is cut into lie on the device, as everything that they point to. Each tensor
+ * is cut into pieces of LT_PIECE elements, the last one shorter; a list of sums has one double a piece.
+ */
+typedef struct lt_parameter {
+    int64_t size;    /* elements, contiguous */
+    void *data;      /* updated in place */
+    float *master;   /* null, or the fp32 copy that is updated */
+    void *grad;      /* null leaves the tensor as it is */
+    void *states[4]; /* what the optimizer keeps, as said there */
+    double lr, weight_decay;
+    int64_t dtype, grad_dtype; /* enum lt_dtype */
+} lt_parameter;
+
+typedef struct lt_piece {
+    int64_t tensor, begin;
+} lt_piece;
+
+enum { LT_PIECE = 16384 };
+
+/* AdamW. states: m, v, fp32, of the parameter's size.
+ *   m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
  *   p = (1 - lr weight_decay) p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
  */
-LT_API int lt_adamw(int64_t tensors, const int64_t *sizes, float *const *params, const void *const *grads,
-                    const int64_t *grad_dtypes, float *const *exp_avgs, float *const *exp_avg_sqs, const double *lr,
-                    const double *weight_decay, double beta1, double beta2, double eps, double grad_scale,
-                    int64_t step);
+LT_API int lt_adamw(const lt_parameter *list, int64_t tensors, double beta1, double beta2, double eps,
+                    double grad_scale, int64_t step, uint64_t seed);
+
+/* AdamW with its moments in 8 bits, block-wise: element e of m is book_m[codes[e]] * absmax[e / 256], and so is v.
+ * states: m's codes (uint8), its absmax (fp32), v's codes, its absmax; all of it zeros at the start. After the update a
+ * block's absmax is its largest magnitude and a code the entry that is nearest to value * (1 / absmax), the one nearer
+ * to zero where two are as near; where absmax is below 2^-126 all are zero. tables: what
+ * leantune_kernels/adamw_8bit/code_book.py makes by formula; 256 floats book_m and 256 book_v, ascending, then LT_CELLS
+ * uint32 for |m| and as many for v. A cell is a number's upper 16 bits, counted from those of 2^-23; its entry is, in
+ * the upper half, the rank in the book of the cell's lowest number, counted from 0's, and in the lower half the lower
+ * 16 bits beyond which the next rank is nearer.
+ */
+enum { LT_CODE_BLOCK = 256, LT_CELLS = 2945 };
+
+LT_API int lt_adamw_8bit(const lt_parameter *list, int64_t tensors, const void *tables, double beta1, double beta2,
+                         double eps, double grad_scale, int64_t step, uint64_t seed);
+
+/* SGD, by torch.optim.SGD's formula. states: the momentum buffer b, fp32, not needed at momentum 0.
+ *   g += weight_decay p;  b = step == 1 ? g : momentum b + (1 - dampening) g;  p -= lr (nesterov ? g + momentum b : b)
+ */
+LT_API int lt_sgd(const lt_parameter *list, int64_t tensors, double momentum, double dampening, int nesterov,
+                  double grad_scale, int64_t step, uint64_t seed);
+
+/* RMSprop, by torch.optim.RMSprop's formula. states: v; the momentum buffer b, null at momentum 0; the mean gradient a,
+ * null unless centered, which it makes it; all fp32.
+ *   g += weight_decay p;  v = alpha v + (1 - alpha) g^2;  a += (1 - alpha) (g - a);  d = g / (sqrt(v - a^2) + eps)
+ *   b = momentum b + d;  p -= lr b
+ */
+LT_API int lt_rmsprop(const lt_parameter *list, int64_t tensors, double alpha, double eps, double momentum,
+                      double grad_scale, int64_t step, uint64_t seed);
 
 /* ---- Sum of squares over a list of tensors ------------------------------------------------------------------------
- * For the global gradient norm. Tensors are contiguous, dtypes are enum lt_dtype.
+ * For the global gradient norm: of `grad`, whose types are grad_dtype; a null one counts nothing.
  */
-LT_API int lt_sum_of_squares(int64_t tensors, const int64_t *sizes, const void *const *data, const int64_t *dtypes,
-                             double *result);
+LT_API int lt_sum_of_squares(const lt_parameter *list, int64_t tensors, double *result);
+
+/* grad *= *factor, in place. */
+LT_API int lt_scale(const lt_parameter *list, int64_t tensors, const float *factor);
+
+/* The same on CUDA: `count` pieces; sums holds as many doubles; list, pieces, tables, factor, result are on the device.
+ */
+LT_API int lt_cuda_adamw(const lt_parameter *list, const lt_piece *pieces, int64_t count, double beta1, double beta2,
+                         double eps, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_adamw_8bit(const lt_parameter *list, const lt_piece *pieces, int64_t count, const void *tables,
+                              double beta1, double beta2, double eps, double grad_scale, int64_t step, uint64_t seed,
+                              void *stream);
+LT_API int lt_cuda_sgd(const lt_parameter *list, const lt_piece *pieces, int64_t count, double momentum,
+                       double dampening, int nesterov, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_rmsprop(const lt_parameter *list, const lt_piece *pieces, int64_t count, double alpha, double eps,
+                           double momentum, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_sum_of_squares(const lt_parameter *list, const lt_piece *pieces, int64_t count, double *sums,
+                                  double *result, void *stream);
+LT_API int lt_cuda_scale(const lt_parameter *list, const lt_piece *pieces, int64_t count, const float *factor,
+                         void *stream);
 
 /* ---- Embedding ----------------------------------------------------------------------------------------------------
  * forward:  y[t] = scale * weight[ids[t]]. An id outside [0, vocabulary) is LT_INVALID; on a device its row is NaN.
