@@ -122,4 +122,10 @@ PYBIND11_MODULE(_native, m) {
     m.def("low_rank_merge", checked(lt_low_rank_merge));
     m.def("low_rank_gradients", checked(lt_low_rank_gradients));
     m.def("low_rank_add", checked(lt_low_rank_add));
+
+    // NF4 weights
+    m.def("nf4_quantise", checked(lt_nf4_quantise));
+    m.def("nf4_quantise_absmax", checked(lt_nf4_quantise_absmax));
+    m.def("nf4_dequantise", checked(lt_nf4_dequantise));
+    m.def("nf4_linear", checked(lt_nf4_linear));
 }
