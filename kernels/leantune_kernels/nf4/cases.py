@@ -32,9 +32,9 @@ def _case(rows: int, inputs: int, outputs: int, double_quant: bool = True, bias:
 CASES = [
     _case(1, 64, 1),
     _case(0, 64, 5),
-    _case(2, 128, 257, double_quant=False),
+    _case(2, 128, 131, double_quant=False),
     _case(3, 320, 33, bias=False),
-    _case(FUSED_ROWS - 1, 1152, 70),
+    _case(FUSED_ROWS - 1, 576, 20),
     _case(FUSED_ROWS, 192, 18, double_quant=False, bias=False),
     _case(FUSED_ROWS + 1, 192, 18),
     _case(2, 33, 17),

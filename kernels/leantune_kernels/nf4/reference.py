@@ -26,13 +26,20 @@ def dynamic_map() -> torch.Tensor:
     return torch.cat((-positive.flip(0), torch.zeros(1), positive, torch.ones(1)))
 
 
+@functools.cache
+def tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The code book [16], its midpoints [15], the dynamic map [256] and its midpoints [255] on `device`."""
+    both = (CODE_BOOK.to(device), dynamic_map().to(device))
+    first, second = ((values[:-1] + values[1:]) / 2 for values in both)
+    return both[0], first, both[1], second
+
+
 def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, double_quant: bool) -> torch.Tensor:
     """x W^T + bias with W the quantised `weight`; any float dtype, float64 included."""
     from leantune_kernels import nf4
 
     w = nf4.quantise(weight.detach().float(), double_quant)
-    values = CODE_BOOK.to(x.device)[_unpacked(w)] * _absmax(w).repeat_interleave(BLOCK)[: weight.numel()]
-    return torch.nn.functional.linear(x, values.view(weight.shape).to(x.dtype), bias)
+    return torch.nn.functional.linear(x, _values(w).to(x.dtype), bias)
 
 
 def refuses(x: torch.Tensor) -> str | None:
@@ -44,7 +51,7 @@ def quantise(weight, codes, absmax):  # type: ignore[no-untyped-def]
     largest = _largest(blocks)
     absmax.copy_(largest)
     normed = blocks * _inverse(largest)[:, None]
-    code = torch.bucketize(normed, _midpoints(CODE_BOOK).to(weight.device))  # right=False: of a tie, the lower code
+    code = torch.bucketize(normed, tables(weight.device)[1])  # right=False: of a tie, the lower code
     code = code.masked_fill(normed.isnan(), 0).to(torch.uint8).flatten()[: 2 * codes.numel()]
     codes.copy_(code[::2] << 4 | code[1::2])
 
@@ -54,19 +61,16 @@ def quantise_absmax(absmax, offset, codes, scales):  # type: ignore[no-untyped-d
     largest = _largest(groups)
     scales.copy_(largest)
     normed = groups * _inverse(largest)[:, None]
-    code = torch.bucketize(normed, _midpoints(dynamic_map()).to(absmax.device))
+    code = torch.bucketize(normed, tables(absmax.device)[3])
     codes.copy_(code.masked_fill(normed.isnan(), 0).flatten()[: codes.numel()])
 
 
 def dequantise(w, out):  # type: ignore[no-untyped-def]
-    values = CODE_BOOK.to(out.device)[_unpacked(w)].view(-1) * _absmax(w).repeat_interleave(BLOCK)[: out.numel()]
-    out.copy_(values.view(out.shape))
+    out.copy_(_values(w))
 
 
 def linear(x, w, bias, y):  # type: ignore[no-untyped-def]
-    weight = torch.empty(w.shape, dtype=torch.float32, device=x.device)
-    dequantise(w, weight)
-    y.copy_(torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()))
+    y.copy_(torch.nn.functional.linear(x.float(), _values(w), None if bias is None else bias.float()))
 
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -84,13 +88,10 @@ def _inverse(largest: torch.Tensor) -> torch.Tensor:
     return torch.where(largest > 0, 1 / largest, 0.0)
 
 
-def _midpoints(values: torch.Tensor) -> torch.Tensor:
-    return (values[:-1] + values[1:]) / 2
-
-
-def _unpacked(w) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """The codes [n] one by one, as indices."""
-    return torch.stack((w.codes >> 4, w.codes & 15), 1).flatten()[: w.numel].long()
+def _values(w):  # type: ignore[no-untyped-def]
+    """The weight in fp32."""
+    codes = torch.stack((w.codes >> 4, w.codes & 15), 1).flatten()[: w.numel].long()
+    return (tables(codes.device)[0][codes] * _absmax(w).repeat_interleave(BLOCK)[: w.numel]).view(w.shape)
 
 
 def _absmax(w) -> torch.Tensor:  # type: ignore[no-untyped-def]
@@ -98,4 +99,4 @@ def _absmax(w) -> torch.Tensor:  # type: ignore[no-untyped-def]
     if w.scales is None:
         return w.absmax
     scales = w.scales.repeat_interleave(GROUP)[: w.absmax.numel()]
-    return (dynamic_map().to(w.absmax.device)[w.absmax.long()].double() * scales + w.offset.double()).float()
+    return (tables(w.absmax.device)[2][w.absmax.long()].double() * scales + w.offset.double()).float()
