@@ -184,6 +184,25 @@ LT_API int lt_nf4_linear(int dtype, const void *x, int64_t x_stride, const uint8
                          const uint8_t *absmax_codes, const float *absmax_scales, const float *absmax_offset,
                          const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
 
+/* ---- int8 weights and activations ---------------------------------------------------------------------------------
+ * Row by row: scales [rows] = absmax / 127, codes [rows, cols] (dense) = x * (127 / absmax) rounded to the nearest,
+ * ties to even. A row below 2^-119 becomes zeros; one with a NaN or an infinity has codes 0 and the scale NaN. linear:
+ * y [rows, outputs] = x [rows, inputs] W^T + bias (null: none) for few rows.
+ */
+LT_API int lt_int8_quantise(int dtype, const void *x, int64_t x_stride, int8_t *codes, float *scales, int64_t rows,
+                            int64_t cols);
+LT_API int lt_int8_dequantise(const int8_t *codes, const float *scales, int dtype, void *out, int64_t out_stride,
+                              int64_t rows, int64_t cols);
+LT_API int lt_int8_linear(int dtype, const void *x, int64_t x_stride, const int8_t *codes, const float *scales,
+                          const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
+
+/* ---- Activations kept in bf16 -------------------------------------------------------------------------------------
+ * packed [rows, cols] (dense) is x rounded to the nearest bf16, ties to even; unpack is the way back. For 8 bits a row
+ * see int8_quantise and int8_dequantise.
+ */
+LT_API int lt_pack_bf16(int dtype, const void *x, int64_t x_stride, void *packed, int64_t rows, int64_t cols);
+LT_API int lt_unpack_bf16(const void *packed, int dtype, void *out, int64_t out_stride, int64_t rows, int64_t cols);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from leantune_kernels.nf4 import FUSED_ROWS, linear, quantise
 from leantune_kernels.nf4.reference import plain
-from leantune_kernels.testing import Case, normal
+from leantune_kernels.testing import Case, Floor, normal
 
-__all__ = ["CASES", "function", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "contenders", "floor", "function", "of_length", "plain"]
+
+MEMORY_BOUND = False  # `function` quantises as well; tests/kernels/test_nf4.py holds each part against its floor
 
 
 def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, double_quant: bool) -> torch.Tensor:
@@ -16,7 +21,9 @@ def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, d
     return linear(x, quantise(weight, double_quant), bias)
 
 
-def _case(rows: int, inputs: int, outputs: int, double_quant: bool = True, bias: bool = True) -> Case:
+def _case(
+    rows: int, inputs: int, outputs: int, double_quant: bool = True, bias: bool = True, differentiable: bool = True
+) -> Case:
     return Case(
         f"{rows}x{inputs}x{outputs}" + (" nested" if double_quant else "") + (" bias" if bias else ""),
         lambda g, dtype: {
@@ -25,7 +32,7 @@ def _case(rows: int, inputs: int, outputs: int, double_quant: bool = True, bias:
             "bias": normal(g, outputs, dtype=dtype) if bias else None,
             "double_quant": double_quant,
         },
-        ("x", "bias") if bias else ("x",),
+        () if not differentiable else ("x", "bias") if bias else ("x",),
     )
 
 
@@ -40,3 +47,25 @@ CASES = [
     _case(2, 33, 17),
     _case(19, 7, 5, double_quant=False),
 ]
+
+
+def of_length(rows: int) -> Case:
+    return _case(rows, 64, 16)
+
+
+BENCHMARKS = {f"{n} x 4096 x 4096": _case(n, 4096, 4096, bias=False, differentiable=False) for n in (1, 4)}
+
+
+def contenders(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, double_quant: bool
+) -> dict[str, Callable[[], Any]]:
+    """The product with the weight quantised before, and PyTorch's with the weight as it was."""
+    w = quantise(weight, double_quant)
+    return {"leantune": lambda: linear(x, w, bias), "torch": lambda: torch.nn.functional.linear(x, weight, bias)}
+
+
+def floor(x: torch.Tensor, weight: torch.Tensor, **_: Any) -> Floor:
+    """Few rows: codes, 8-bit absmax and x to y."""
+    codes = weight.numel() // 2 + weight.numel() // 64 + weight.numel() // 4096
+    moved = x.nbytes + codes + x.shape[0] * weight.shape[0] * x.element_size()
+    return Floor(forward_bytes=moved, forward_flop=2 * x.shape[0] * weight.numel())

@@ -13,7 +13,11 @@ from leantune_kernels.triton_runtime import ceil_div, refuses
 __all__ = ["dequantise", "linear", "quantise", "quantise_absmax", "refuses"]
 
 BLOCKS = 32  # of 64 weights, a program
-OUTPUTS, BYTES, TOKENS = 8, 128, 4  # of a program of the product: rows of the weight, bytes of each at a time, rows of x
+OUTPUTS, BYTES, TOKENS = (
+    8,
+    128,
+    4,
+)  # of a program of the product: rows of the weight, bytes of each at a time, rows of x
 _SMALLEST = tl.constexpr(SMALLEST)
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _NAN = tl.constexpr(float("nan"))
@@ -33,7 +37,7 @@ def _normalised(x, AXIS: tl.constexpr):
 
 @triton.jit
 def _absmax(absmax_ptr, scales_ptr, offset_ptr, map_ptr, block, mask, NESTED: tl.constexpr):
-    """Absolute maxima of `block`. The product of two floats is exact in fp64, so the sum is rounded once, fused or not."""
+    """Absolute maxima of `block`. Products of two floats are exact in fp64: the sum is rounded once, fused or not."""
     stored = tl.load(absmax_ptr + block, mask=mask, other=0)
     if NESTED:
         scale = tl.load(scales_ptr + block // 256, mask=mask, other=0.0).to(tl.float64)
