@@ -184,6 +184,18 @@ LT_API int lt_nf4_linear(int dtype, const void *x, int64_t x_stride, const uint8
                          const uint8_t *absmax_codes, const float *absmax_scales, const float *absmax_offset,
                          const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
 
+LT_API int lt_cuda_nf4_quantise(int dtype, const void *weight, uint8_t *codes, float *absmax, int64_t size,
+                                void *stream);
+LT_API int lt_cuda_nf4_quantise_absmax(const float *absmax, const float *offset, uint8_t *codes, float *scales,
+                                       int64_t blocks, void *stream);
+LT_API int lt_cuda_nf4_dequantise(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
+                                  const float *absmax_scales, const float *absmax_offset, int dtype, void *out,
+                                  int64_t size, void *stream);
+LT_API int lt_cuda_nf4_linear(int dtype, const void *x, int64_t x_stride, const uint8_t *codes, const float *absmax,
+                              const uint8_t *absmax_codes, const float *absmax_scales, const float *absmax_offset,
+                              const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs,
+                              int64_t outputs, void *stream);
+
 /* ---- int8 weights and activations ---------------------------------------------------------------------------------
  * Row by row: scales [rows] = absmax / 127, codes [rows, cols] (dense) = x * (127 / absmax) rounded to the nearest,
  * ties to even. A row below 2^-119 becomes zeros; one with a NaN or an infinity has codes 0 and the scale NaN. linear:
@@ -196,12 +208,25 @@ LT_API int lt_int8_dequantise(const int8_t *codes, const float *scales, int dtyp
 LT_API int lt_int8_linear(int dtype, const void *x, int64_t x_stride, const int8_t *codes, const float *scales,
                           const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
 
+LT_API int lt_cuda_int8_quantise(int dtype, const void *x, int64_t x_stride, int8_t *codes, float *scales, int64_t rows,
+                                 int64_t cols, void *stream);
+LT_API int lt_cuda_int8_dequantise(const int8_t *codes, const float *scales, int dtype, void *out, int64_t out_stride,
+                                   int64_t rows, int64_t cols, void *stream);
+LT_API int lt_cuda_int8_linear(int dtype, const void *x, int64_t x_stride, const int8_t *codes, const float *scales,
+                               const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs,
+                               int64_t outputs, void *stream);
+
 /* ---- Activations kept in bf16 -------------------------------------------------------------------------------------
  * packed [rows, cols] (dense) is x rounded to the nearest bf16, ties to even; unpack is the way back. For 8 bits a row
  * see int8_quantise and int8_dequantise.
  */
 LT_API int lt_pack_bf16(int dtype, const void *x, int64_t x_stride, void *packed, int64_t rows, int64_t cols);
 LT_API int lt_unpack_bf16(const void *packed, int dtype, void *out, int64_t out_stride, int64_t rows, int64_t cols);
+
+LT_API int lt_cuda_pack_bf16(int dtype, const void *x, int64_t x_stride, void *packed, int64_t rows, int64_t cols,
+                             void *stream);
+LT_API int lt_cuda_unpack_bf16(const void *packed, int dtype, void *out, int64_t out_stride, int64_t rows, int64_t cols,
+                               void *stream);
 
 #ifdef __cplusplus
 }

@@ -11,7 +11,7 @@ from leantune_kernels.int8 import FUSED_ROWS, linear, quantise
 from leantune_kernels.int8.reference import plain
 from leantune_kernels.testing import Case, Floor, normal
 
-__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "contenders", "floor", "function", "of_length", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "contenders", "floor", "function", "plain"]
 
 MEMORY_BOUND = False  # `function` quantises as well; tests/kernels/test_int8.py holds each part against its floor
 
@@ -42,10 +42,6 @@ CASES = [
     _case(FUSED_ROWS, 48, 18, bias=False),
     _case(FUSED_ROWS + 1, 192, 18),
 ]
-
-
-def of_length(rows: int) -> Case:
-    return _case(rows, 64, 16)
 
 
 BENCHMARKS = {f"{n} x 4096 x 4096": _case(n, 4096, 4096, bias=False, differentiable=False) for n in (1, 4)}

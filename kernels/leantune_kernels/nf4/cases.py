@@ -11,7 +11,7 @@ from leantune_kernels.nf4 import FUSED_ROWS, linear, quantise
 from leantune_kernels.nf4.reference import plain
 from leantune_kernels.testing import Case, Floor, normal
 
-__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "contenders", "floor", "function", "of_length", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "contenders", "floor", "function", "plain"]
 
 MEMORY_BOUND = False  # `function` quantises as well; tests/kernels/test_nf4.py holds each part against its floor
 
@@ -47,10 +47,6 @@ CASES = [
     _case(2, 33, 17),
     _case(19, 7, 5, double_quant=False),
 ]
-
-
-def of_length(rows: int) -> Case:
-    return _case(rows, 64, 16)
 
 
 BENCHMARKS = {f"{n} x 4096 x 4096": _case(n, 4096, 4096, bias=False, differentiable=False) for n in (1, 4)}
