@@ -216,4 +216,28 @@ PYBIND11_MODULE(_native, m) {
     m.def("low_rank_merge", checked(lt_low_rank_merge));
     m.def("low_rank_gradients", checked(lt_low_rank_gradients));
     m.def("low_rank_add", checked(lt_low_rank_add));
+
+    // NF4 weights
+    m.def("nf4_quantise", checked(lt_nf4_quantise));
+    m.def("nf4_quantise_absmax", checked(lt_nf4_quantise_absmax));
+    m.def("nf4_dequantise", checked(lt_nf4_dequantise));
+    m.def("nf4_linear", checked(lt_nf4_linear));
+    CUDA(nf4_quantise);
+    CUDA(nf4_quantise_absmax);
+    CUDA(nf4_dequantise);
+    CUDA(nf4_linear);
+
+    // int8 weights and activations
+    m.def("int8_quantise", checked(lt_int8_quantise));
+    m.def("int8_dequantise", checked(lt_int8_dequantise));
+    m.def("int8_linear", checked(lt_int8_linear));
+    CUDA(int8_quantise);
+    CUDA(int8_dequantise);
+    CUDA(int8_linear);
+
+    // Activations kept in bf16
+    m.def("pack_bf16", checked(lt_pack_bf16));
+    m.def("unpack_bf16", checked(lt_unpack_bf16));
+    CUDA(pack_bf16);
+    CUDA(unpack_bf16);
 }

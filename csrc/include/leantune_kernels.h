@@ -298,6 +298,69 @@ LT_API int lt_low_rank_add(int dtype, const void *x, int64_t x_stride, const flo
                            int64_t p_rank_step, const float *q, int64_t q_rank_step, int64_t q_output_step, void *y,
                            int64_t y_stride, int64_t rows, int64_t inputs, int64_t rank, int64_t outputs, float scale);
 
+/* ---- NF4 weights --------------------------------------------------------------------------------------------------
+ * 4-bit NormalFloat (QLoRA) of a dense array of `size` elements, in blocks of 64: absmax [ceil(size / 64)] is a block's
+ * largest magnitude, codes [ceil(size / 2)] hold two elements a byte, the first in the high half: the number of
+ * midpoints of the code book that element * (1 / absmax) exceeds. A block below 2^-126 becomes zeros, one with a NaN or
+ * an infinity NaN.
+ * quantise_absmax: absmax - offset in 8 bits of the signed dynamic code book, a scale for each 256 blocks. Readers take
+ * absmax, or where it is null absmax_codes [ceil(size / 64)], absmax_scales [ceil(size / 16384)] and absmax_offset [1].
+ * linear: y [rows, outputs] = x [rows, inputs] W^T + bias (null: none) for few rows; inputs is a multiple of 64.
+ */
+LT_API int lt_nf4_quantise(int dtype, const void *weight, uint8_t *codes, float *absmax, int64_t size);
+LT_API int lt_nf4_quantise_absmax(const float *absmax, const float *offset, uint8_t *codes, float *scales,
+                                  int64_t blocks);
+LT_API int lt_nf4_dequantise(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
+                             const float *absmax_scales, const float *absmax_offset, int dtype, void *out,
+                             int64_t size);
+LT_API int lt_nf4_linear(int dtype, const void *x, int64_t x_stride, const uint8_t *codes, const float *absmax,
+                         const uint8_t *absmax_codes, const float *absmax_scales, const float *absmax_offset,
+                         const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
+
+LT_API int lt_cuda_nf4_quantise(int dtype, const void *weight, uint8_t *codes, float *absmax, int64_t size,
+                                void *stream);
+LT_API int lt_cuda_nf4_quantise_absmax(const float *absmax, const float *offset, uint8_t *codes, float *scales,
+                                       int64_t blocks, void *stream);
+LT_API int lt_cuda_nf4_dequantise(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
+                                  const float *absmax_scales, const float *absmax_offset, int dtype, void *out,
+                                  int64_t size, void *stream);
+LT_API int lt_cuda_nf4_linear(int dtype, const void *x, int64_t x_stride, const uint8_t *codes, const float *absmax,
+                              const uint8_t *absmax_codes, const float *absmax_scales, const float *absmax_offset,
+                              const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs,
+                              int64_t outputs, void *stream);
+
+/* ---- int8 weights and activations ---------------------------------------------------------------------------------
+ * Row by row: scales [rows] = absmax / 127, codes [rows, cols] (dense) = x * (127 / absmax) rounded to the nearest,
+ * ties to even. A row below 2^-119 becomes zeros; one with a NaN or an infinity has codes 0 and the scale NaN. linear:
+ * y [rows, outputs] = x [rows, inputs] W^T + bias (null: none) for few rows.
+ */
+LT_API int lt_int8_quantise(int dtype, const void *x, int64_t x_stride, int8_t *codes, float *scales, int64_t rows,
+                            int64_t cols);
+LT_API int lt_int8_dequantise(const int8_t *codes, const float *scales, int dtype, void *out, int64_t out_stride,
+                              int64_t rows, int64_t cols);
+LT_API int lt_int8_linear(int dtype, const void *x, int64_t x_stride, const int8_t *codes, const float *scales,
+                          const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
+
+LT_API int lt_cuda_int8_quantise(int dtype, const void *x, int64_t x_stride, int8_t *codes, float *scales, int64_t rows,
+                                 int64_t cols, void *stream);
+LT_API int lt_cuda_int8_dequantise(const int8_t *codes, const float *scales, int dtype, void *out, int64_t out_stride,
+                                   int64_t rows, int64_t cols, void *stream);
+LT_API int lt_cuda_int8_linear(int dtype, const void *x, int64_t x_stride, const int8_t *codes, const float *scales,
+                               const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs,
+                               int64_t outputs, void *stream);
+
+/* ---- Activations kept in bf16 -------------------------------------------------------------------------------------
+ * packed [rows, cols] (dense) is x rounded to the nearest bf16, ties to even; unpack is the way back. For 8 bits a row
+ * see int8_quantise and int8_dequantise.
+ */
+LT_API int lt_pack_bf16(int dtype, const void *x, int64_t x_stride, void *packed, int64_t rows, int64_t cols);
+LT_API int lt_unpack_bf16(const void *packed, int dtype, void *out, int64_t out_stride, int64_t rows, int64_t cols);
+
+LT_API int lt_cuda_pack_bf16(int dtype, const void *x, int64_t x_stride, void *packed, int64_t rows, int64_t cols,
+                             void *stream);
+LT_API int lt_cuda_unpack_bf16(const void *packed, int dtype, void *out, int64_t out_stride, int64_t rows, int64_t cols,
+                               void *stream);
+
 #ifdef __cplusplus
 }
 #endif
