@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -72,6 +73,11 @@ template <class... P> auto on_cuda(const std::string &name, int (*)(P...)) {
     };
 }
 
+void set_isa(const std::string &name) {
+    if (lt_set_isa(name.c_str()) != LT_OK)
+        throw std::invalid_argument(lt_last_error());
+}
+
 // decltype needs the declaration alone, so that nothing here links the CUDA library.
 #define CUDA(name) cuda.def(#name, on_cuda("lt_cuda_" #name, static_cast<decltype(&lt_cuda_##name)>(nullptr)))
 
@@ -83,10 +89,10 @@ PYBIND11_MODULE(_native, m) {
     cuda.def("open_library", open_cuda_library);
 
     m.def("isa", [] { return std::string(lt_isa()); });
-    m.def("set_isa", [](const std::string &name) {
-        if (lt_set_isa(name.c_str()) != LT_OK)
-            throw std::invalid_argument(lt_last_error());
-    });
+    m.def("set_isa", set_isa);
+    if (const char *asked =
+            std::getenv("LEANTUNE_ISA")) // refuse a level that does not exist: the library takes its best
+        set_isa(asked);
     m.def("adopt_openmp", [] { return std::string(lt_adopt_openmp()); });
     m.def("set_num_threads", checked(lt_set_num_threads));
     m.def("num_threads", lt_num_threads);
