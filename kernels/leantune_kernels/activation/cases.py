@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from leantune_kernels.activation import gelu, silu
 from leantune_kernels.activation.reference import plain
-from leantune_kernels.testing import Case, normal
+from leantune_kernels.testing import Case, Floor, normal
 
-__all__ = ["CASES", "function", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "PEERS", "TRAFFIC", "floor", "function", "of_length", "plain"]
+
+MEMORY_BOUND = True
 
 
 def function(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -35,3 +39,22 @@ CASES = [
     _case("gelu_tanh", 33, 576),
     *(_case(activation, 9, 64, scale=30.0) for activation in ("silu", "gelu", "gelu_tanh")),
 ]
+TRAFFIC = _case("gelu", 33, 576)
+
+
+def of_length(rows: int) -> Case:
+    return _case("gelu", rows, 64)
+
+
+BENCHMARKS = {
+    f"{name}, {activation}": _case(activation, *shape)
+    for name, shape in {"SmolLM2-135M": (1600, 1536), "Llama 7B": (2048, 11008)}.items()
+    for activation in ("silu", "gelu", "gelu_tanh")
+}
+PEERS = {"torch": plain}
+
+
+def floor(x: torch.Tensor, **_: Any) -> Floor:
+    """x to y; dy and x to dx."""
+    size = x.numel() * x.element_size()
+    return Floor(forward_bytes=2 * size, backward_bytes=3 * size)

@@ -92,5 +92,6 @@ class _GLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh):  # type: ignore[no-untyped-def]
-        d_gate, d_up = backward(*(as_rows(t) for t in (dh, *ctx.saved_tensors)), ctx.activation)
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = backward(as_rows(dh), as_rows(gate), as_rows(up), ctx.activation)
         return d_gate.view(dh.shape), d_up.view(dh.shape), None
