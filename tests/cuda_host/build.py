@@ -1,8 +1,8 @@
 """Builds csrc/*/cuda.cu, unmodified, for the host: `python tests/cuda_host/build.py [flavour ...]`.
 
-Flavours: `plain` is fast; `sanitized` runs under AddressSanitizer and UndefinedBehaviorSanitizer, for which libasan must
-be loaded before Python (see host.py); `traced` reports every memory access to runtime/trace.cpp, which finds races and
-counts traffic. The result is build/cuda_host/<flavour>/libleantune_cuda_host.so; what has not changed is not compiled.
+Flavours: `plain` is fast; `sanitized` runs under AddressSanitizer and UndefinedBehaviorSanitizer, for which libasan
+must be loaded before Python (see host.py); `traced` reports every memory access to runtime/trace.cpp, which finds races
+and counts traffic. The result is build/cuda_host/<flavour>/libleantune_cuda_host.so; what has not changed is not compiled.
 """
 
 from __future__ import annotations
