@@ -179,8 +179,16 @@ PYBIND11_MODULE(_native, m) {
     CUDA(rope);
 
     // Gated activations
-    m.def("swiglu_forward", checked(lt_swiglu_forward));
-    m.def("swiglu_backward", checked(lt_swiglu_backward));
+    m.def("glu_forward", checked(lt_glu_forward));
+    m.def("glu_backward", checked(lt_glu_backward));
+    CUDA(glu_forward);
+    CUDA(glu_backward);
+
+    // Activations
+    m.def("activation_forward", checked(lt_activation_forward));
+    m.def("activation_backward", checked(lt_activation_backward));
+    CUDA(activation_forward);
+    CUDA(activation_backward);
 
     // Cross-entropy
     m.def("cross_entropy_rows", checked(lt_cross_entropy_rows));

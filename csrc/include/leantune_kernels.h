@@ -21,6 +21,7 @@ extern "C" {
 
 enum lt_status { LT_OK = 0, LT_INVALID = 1, LT_NO_MEMORY = 2 };
 enum lt_dtype { LT_F32 = 0, LT_BF16 = 1, LT_F16 = 2 };
+enum lt_activation { LT_SILU = 0, LT_GELU = 1, LT_GELU_TANH = 2 };
 
 /* ---- the library ------------------------------------------------------------------------------------------------- */
 
@@ -81,13 +82,39 @@ LT_API int lt_cuda_rope(int dtype, void *q, int64_t q_token_stride, int64_t q_he
                         const float *sin, int64_t table_rows, const int64_t *positions, int64_t tokens, int64_t half,
                         int interleaved, int inverse, void *stream);
 
-/* ---- SwiGLU -------------------------------------------------------------------------------------------------------
- * h = silu(gate) * up. Backward is in place: dh becomes h, gate becomes d_gate, up becomes d_up.
+/* ---- Gated activations --------------------------------------------------------------------------------------------
+ * h = act(gate) * up, with the activation that enum lt_activation numbers: silu(x) = x / (1 + e^-x) (SwiGLU), exact
+ * gelu(x) = x Phi(x), or its approximation by tanh (GeGLU). h may be gate or up. Backward: d_gate = dh * up *
+ * act'(gate), d_up = dh * act(gate), and h once more unless null. In place, (dh, gate, up) becomes (h, d_gate, d_up):
+ * an output may be any of the inputs.
  */
-LT_API int lt_swiglu_forward(int dtype, const void *gate, int64_t gate_stride, const void *up, int64_t up_stride,
-                             void *h, int64_t h_stride, int64_t rows, int64_t cols);
-LT_API int lt_swiglu_backward(int dtype, void *dh, int64_t dh_stride, void *gate, int64_t gate_stride, void *up,
-                              int64_t up_stride, int64_t rows, int64_t cols);
+LT_API int lt_glu_forward(int dtype, int activation, const void *gate, int64_t gate_stride, const void *up,
+                          int64_t up_stride, void *h, int64_t h_stride, int64_t rows, int64_t cols);
+LT_API int lt_glu_backward(int dtype, int activation, const void *dh, int64_t dh_stride, const void *gate,
+                           int64_t gate_stride, const void *up, int64_t up_stride, void *h, int64_t h_stride,
+                           void *d_gate, int64_t d_gate_stride, void *d_up, int64_t d_up_stride, int64_t rows,
+                           int64_t cols);
+
+LT_API int lt_cuda_glu_forward(int dtype, int activation, const void *gate, int64_t gate_stride, const void *up,
+                               int64_t up_stride, void *h, int64_t h_stride, int64_t rows, int64_t cols, void *stream);
+LT_API int lt_cuda_glu_backward(int dtype, int activation, const void *dh, int64_t dh_stride, const void *gate,
+                                int64_t gate_stride, const void *up, int64_t up_stride, void *h, int64_t h_stride,
+                                void *d_gate, int64_t d_gate_stride, void *d_up, int64_t d_up_stride, int64_t rows,
+                                int64_t cols, void *stream);
+
+/* ---- Activations --------------------------------------------------------------------------------------------------
+ * y = act(x), act as above; y may be x. Backward: dx = dy * act'(x); dx may be dy or x.
+ */
+LT_API int lt_activation_forward(int dtype, int activation, const void *x, int64_t x_stride, void *y, int64_t y_stride,
+                                 int64_t rows, int64_t cols);
+LT_API int lt_activation_backward(int dtype, int activation, const void *dy, int64_t dy_stride, const void *x,
+                                  int64_t x_stride, void *dx, int64_t dx_stride, int64_t rows, int64_t cols);
+
+LT_API int lt_cuda_activation_forward(int dtype, int activation, const void *x, int64_t x_stride, void *y,
+                                      int64_t y_stride, int64_t rows, int64_t cols, void *stream);
+LT_API int lt_cuda_activation_backward(int dtype, int activation, const void *dy, int64_t dy_stride, const void *x,
+                                       int64_t x_stride, void *dx, int64_t dx_stride, int64_t rows, int64_t cols,
+                                       void *stream);
 
 /* ---- Cross-entropy of rows of logits ------------------------------------------------------------------------------
  * losses[t] = lse - (1 - label_smoothing) * x[targets[t]] - label_smoothing * mean(x) + z_loss * lse^2,
