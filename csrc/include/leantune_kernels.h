@@ -137,7 +137,7 @@ LT_API int lt_attention_backward(int dtype, const void *grad, int64_t grad_strid
  * For a linear layer of K inputs and N outputs with fp32 factors A [r, K] and B [N, r].
  * merge:     out [N, K] fp32 = weight + scale * B A. rank 0 is a plain copy. out may be the weight.
  * gradients: with S = x A^T and dS = scale * dy B, da [r, K] = dS^T x and db [N, r] = scale * dy^T S, overwritten, or
- *            accumulated if `accumulate`. Adapters of one call share x, which is read once; at most 16 of them.
+ *            accumulated if `accumulate`; null skips one. Adapters of one call share x, which is read once; at most 16.
  * add:       y [rows, N] += scale * (x P) Q, accumulated, with P [K, r] and Q [r, N] of any two strides each: A^T and
  *            B^T for the forward pass, B and A for the gradient of the input. y must not be x.
  */

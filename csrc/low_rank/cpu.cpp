@@ -63,6 +63,7 @@ struct gradient_plan {
     int64_t partial_a[kMostAdapters];      // offset of dA in a chunk's partial sums
     int64_t partial_b[kMostAdapters];      // offset of dB^T
     int64_t packed_size, partial_size, block_rows, chunk_rows, chunks, thread_size;
+    bool need_s; // whether any adapter asks for db
     float *packed_as, *packed_bs, *partials, *blocks;
 
     int64_t b_stride(int64_t i) const { return whole_vectors(adapters[i].outputs); } // of a partial dB^T [r, N]
@@ -86,9 +87,11 @@ gradient_plan plan_gradients(int dtype, const lt_low_rank_adapter *adapters, int
         widest = larger(widest, a.outputs);
         p.packed_b[i] = p.packed_size;
         p.packed_size += a.outputs * whole_vectors(a.rank);
+        p.need_s |= a.db != nullptr;
         p.partial_a[i] = p.partial_size;
-        p.partial_b[i] = p.partial_size + a.rank * p.a_stride();
-        p.partial_size += a.rank * (p.a_stride() + p.b_stride(i));
+        p.partial_size += a.da ? a.rank * p.a_stride() : 0;
+        p.partial_b[i] = p.partial_size;
+        p.partial_size += a.db ? a.rank * p.b_stride(i) : 0;
     }
     p.packed_size += inputs * p.s_stride;
     p.block_rows = kBlockRows;
@@ -127,19 +130,23 @@ void gradient_block(const gradient_plan &p, const T *x, int64_t x_stride, int64_
     float *s = scratch, *ds = s + p.block_rows * p.s_stride;
     float *x_copy = ds + p.block_rows * p.s_stride, *dy_copy = x_copy + p.block_rows * p.x_stride;
     const block x_block = block_of(x + begin * x_stride, x_stride, rows, p.inputs, x_copy, p.x_stride);
-    project(rows, p.inputs, x_block, p.packed_as, p.s_stride, 1.0f, s, p.s_stride);
+    if (p.need_s)
+        project(rows, p.inputs, x_block, p.packed_as, p.s_stride, 1.0f, s, p.s_stride);
     for (int64_t i = 0; i < p.count; ++i) {
         const lt_low_rank_adapter &a = p.adapters[i];
         const block dy_block = block_of(static_cast<const T *>(a.dy) + begin * a.dy_stride, a.dy_stride, rows,
                                         a.outputs, dy_copy, p.dy_stride);
-        project(rows, a.outputs, dy_block, p.packed_bs + p.packed_b[i], whole_vectors(a.rank), a.scale,
-                ds + p.s_column[i], p.s_stride);
-        add_outer(partial + p.partial_b[i], p.b_stride(i), first, a.rank, rows, s + p.s_column[i], p.s_stride,
-                  dy_block);
+        if (a.da)
+            project(rows, a.outputs, dy_block, p.packed_bs + p.packed_b[i], whole_vectors(a.rank), a.scale,
+                    ds + p.s_column[i], p.s_stride);
+        if (a.db)
+            add_outer(partial + p.partial_b[i], p.b_stride(i), first, a.rank, rows, s + p.s_column[i], p.s_stride,
+                      dy_block);
     }
     for (int64_t i = 0; i < p.count; ++i)
-        add_outer(partial + p.partial_a[i], p.a_stride(), first, p.adapters[i].rank, rows, ds + p.s_column[i],
-                  p.s_stride, x_block);
+        if (p.adapters[i].da)
+            add_outer(partial + p.partial_a[i], p.a_stride(), first, p.adapters[i].rank, rows, ds + p.s_column[i],
+                      p.s_stride, x_block);
 }
 
 // Sum over the chunks, in their order, of W neighbours.
@@ -259,7 +266,8 @@ LT_DEFINE(low_rank_gradients,
                                p.blocks + thread * p.thread_size);
         });
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t a_slices = quotient(inputs, kSlice), b_slices = quotient(adapters[i].outputs, kSlice);
+            const int64_t a_slices = adapters[i].da ? quotient(inputs, kSlice) : 0;
+            const int64_t b_slices = adapters[i].db ? quotient(adapters[i].outputs, kSlice) : 0;
             parallel_for(a_slices + b_slices, 1, [&](int64_t slice, int64_t, int) {
                 const int64_t begin = (slice < a_slices ? slice : slice - a_slices) * kSlice;
                 if (slice < a_slices)
