@@ -122,4 +122,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("low_rank_merge", checked(lt_low_rank_merge));
     m.def("low_rank_gradients", checked(lt_low_rank_gradients));
     m.def("low_rank_add", checked(lt_low_rank_add));
+
+    // Bottleneck adapter
+    m.def("bottleneck_forward", checked(lt_bottleneck_forward));
+    m.def("bottleneck_backward", checked(lt_bottleneck_backward));
 }

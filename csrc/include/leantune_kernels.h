@@ -21,6 +21,7 @@ extern "C" {
 
 enum lt_status { LT_OK = 0, LT_INVALID = 1, LT_NO_MEMORY = 2 };
 enum lt_dtype { LT_F32 = 0, LT_BF16 = 1, LT_F16 = 2 };
+enum lt_activation { LT_SILU = 0, LT_GELU = 1, LT_GELU_TANH = 2, LT_RELU = 3, LT_LINEAR = 4 };
 
 /* ---- the library ------------------------------------------------------------------------------------------------- */
 
@@ -164,6 +165,19 @@ LT_API int lt_low_rank_gradients(int dtype, const void *x, int64_t x_stride, int
 LT_API int lt_low_rank_add(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
                            int64_t p_rank_step, const float *q, int64_t q_rank_step, int64_t q_output_step, void *y,
                            int64_t y_stride, int64_t rows, int64_t inputs, int64_t rank, int64_t outputs, float scale);
+
+/* ---- Bottleneck adapter -------------------------------------------------------------------------------------------
+ * y = x + scale * (act(x D^T + down_bias) U^T + up_bias) with fp32 D = down [rank, hidden] and U = up [hidden, rank],
+ * dense; biases may be null; `activation` is an enum lt_activation. Backward forms the activation again; null dx,
+ * ddown, ddown_bias, dup or dup_bias (fp32, dense) skips it. y and dx must not be an input.
+ */
+LT_API int lt_bottleneck_forward(int dtype, const void *x, int64_t x_stride, const float *down, const float *down_bias,
+                                 const float *up, const float *up_bias, float scale, int activation, void *y,
+                                 int64_t y_stride, int64_t rows, int64_t hidden, int64_t rank);
+LT_API int lt_bottleneck_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
+                                  const float *down, const float *down_bias, const float *up, float scale,
+                                  int activation, void *dx, int64_t dx_stride, float *ddown, float *ddown_bias,
+                                  float *dup, float *dup_bias, int64_t rows, int64_t hidden, int64_t rank);
 
 #ifdef __cplusplus
 }
