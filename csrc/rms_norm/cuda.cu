@@ -1,120 +1,268 @@
-// RMSNorm on CUDA: one block a row; the weight gradient by partial sums over fixed groups of rows, no atomics.
-// Compiled for sm_80, sm_90 and sm_100; not yet run on a device (see README, Limits).
+// RMSNorm on CUDA: a block takes one row at a time and holds it in registers between the two passes, so that memory
+// sees each row once; what does not fit is read again. The weight gradient is summed in registers over the rows of a
+// block, then over the blocks in a fixed order, without atomics.
 #include "../common/cuda_kernel.cuh"
 
-using namespace lt_cuda;
-
+namespace lt_cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kRowsPerPartial = 256; // as in cpu.cpp
+constexpr int kHeld = 4; // vectors of a row that a thread holds
+constexpr int64_t kMaxGroups = 1024, kRowsPerGroup = 8;
+constexpr int64_t kMaxGrid = 0x7fffffff;
 
-template <class T, class U>
-__global__ void __launch_bounds__(kThreads) forward(const T *x, int64_t x_stride, const U *weight, T *y,
-                                                    int64_t y_stride, float *rstd, int64_t cols, float eps) {
-    const int64_t row = blockIdx.x;
-    x += row * x_stride;
-    y += row * y_stride;
-    float squares = 0;
-    for (int64_t h = threadIdx.x; h < cols; h += kThreads)
-        squares += widen(x[h]) * widen(x[h]);
-    const float r = rsqrtf(block_sum<kThreads>(squares) / (float)cols + eps);
-    if (threadIdx.x == 0)
-        rstd[row] = r;
-    for (int64_t h = threadIdx.x; h < cols; h += kThreads)
-        narrow(widen(x[h]) * r * widen(weight[h]), y + h);
+struct Weight { // of any storage type, whatever that of x
+    const void *data;
+    int dtype;
+};
+
+template <int N> __device__ void load_weight(Weight weight, int64_t h, float (&w)[N]) {
+    with_dtype_on_device(weight.dtype, [&](auto u) {
+        const auto v = load_vec<N>((const decltype(u) *)weight.data + h);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            w[i] = widen(v[i]);
+    });
 }
 
-template <class T, class U>
+template <class T, int N> __device__ float sum_of_squares(const Vec<T, N> &x) {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        total += widen(x[i]) * widen(x[i]);
+    return total;
+}
+
+template <class T, int N> __device__ void scale(const Vec<T, N> &x, float rstd, Weight weight, T *y, int64_t h) {
+    float w[N];
+    load_weight(weight, h, w);
+    Vec<T, N> result;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        narrow(widen(x[i]) * rstd * w[i], &result[i]);
+    store_vec(y + h, result);
+}
+
+// budget: 48 registers, 32 bytes shared
+// claims: LDG.E.128 STG.E.128
+template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
-    backward(const T *dy, int64_t dy_stride, const T *x, int64_t x_stride, const U *weight, const float *rstd,
-             const T *residual, int64_t residual_stride, T *dx, int64_t dx_stride, int64_t cols) {
-    const int64_t row = blockIdx.x;
-    dy += row * dy_stride;
-    x += row * x_stride;
-    dx += row * dx_stride;
-    const float r = rstd[row];
-    float dot = 0;
-    for (int64_t h = threadIdx.x; h < cols; h += kThreads)
-        dot += widen(dy[h]) * widen(weight[h]) * widen(x[h]);
-    const float correction = block_sum<kThreads>(dot) * r * r * r / (float)cols;
-    for (int64_t h = threadIdx.x; h < cols; h += kThreads) {
-        float g = widen(dy[h]) * widen(weight[h]) * r - widen(x[h]) * correction;
-        if (residual)
-            g += widen(residual[row * residual_stride + h]);
-        narrow(g, dx + h);
+    rms_norm_forward_kernel(const T *x, int64_t x_stride, Weight weight, T *y, int64_t y_stride, float *rstd,
+                            int64_t rows, int64_t cols, float eps) {
+    const int64_t step = (int64_t)blockDim.x * N, first = (int64_t)threadIdx.x * N, rest = first + kHeld * step;
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const T *x_row = x + row * x_stride;
+        T *y_row = y + row * y_stride;
+        Vec<T, N> held[kHeld];
+        float squares = 0;
+#pragma unroll
+        for (int c = 0; c < kHeld; ++c)
+            if (first + c * step < cols)
+                held[c] = load_vec<N>(x_row + first + c * step);
+#pragma unroll
+        for (int c = 0; c < kHeld; ++c)
+            if (first + c * step < cols)
+                squares += sum_of_squares(held[c]);
+        for (int64_t h = rest; h < cols; h += step)
+            squares += sum_of_squares(load_vec<N>(x_row + h));
+        const float r = rsqrtf(block_sum<kThreads>(squares) / (float)cols + eps);
+        if (threadIdx.x == 0)
+            rstd[row] = r;
+#pragma unroll
+        for (int c = 0; c < kHeld; ++c)
+            if (first + c * step < cols)
+                scale(held[c], r, weight, y_row, first + c * step);
+        for (int64_t h = rest; h < cols; h += step)
+            scale(load_vec<N>(x_row + h), r, weight, y_row, h);
     }
 }
 
-// grid (column blocks, groups of rows): partials[group, h] = sum over the group's rows of dy * x * rstd.
+template <class T, int N> __device__ float dot(const Vec<T, N> &dy, const Vec<T, N> &x, Weight weight, int64_t h) {
+    float w[N], total = 0;
+    load_weight(weight, h, w);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        total += widen(dy[i]) * w[i] * widen(x[i]);
+    return total;
+}
+
+// dx = dy * weight * rstd - x * correction (+ residual)
+template <class T, int N>
+__device__ void input_gradient(const Vec<T, N> &dy, const Vec<T, N> &x, Weight weight, float rstd, float correction,
+                               const T *residual, T *dx, int64_t h) {
+    float w[N];
+    load_weight(weight, h, w);
+    Vec<T, N> added, result;
+    if (residual)
+        added = load_vec<N>(residual + h);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const float g = widen(dy[i]) * w[i] * rstd - widen(x[i]) * correction;
+        narrow(residual ? g + widen(added[i]) : g, &result[i]);
+    }
+    store_vec(dx + h, result);
+}
+
+// Block g takes the rows g, g + gridDim.x, ... With DWEIGHT a row fits the registers, and partials[g, h] becomes the
+// sum of dy * x * rstd over these rows. dx may be dy or residual: each thread writes only what it alone has read.
+// budget: 128 registers, 32 bytes shared
+// claims: LDG.E.128 STG.E.128
+template <class T, int N, bool DWEIGHT>
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_backward_kernel(const T *dy, int64_t dy_stride, const T *x, int64_t x_stride, Weight weight,
+                             const float *rstd, const T *residual, int64_t residual_stride, T *dx, int64_t dx_stride,
+                             float *partials, int64_t rows, int64_t cols) {
+    const int64_t step = (int64_t)blockDim.x * N, first = (int64_t)threadIdx.x * N, rest = first + kHeld * step;
+    Vec<float, N> sums[kHeld] = {};
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const T *dy_row = dy + row * dy_stride, *x_row = x + row * x_stride;
+        const T *residual_row = residual ? residual + row * residual_stride : nullptr;
+        T *dx_row = dx + row * dx_stride;
+        const float r = rstd[row];
+        Vec<T, N> dy_held[kHeld], x_held[kHeld];
+        float total = 0;
+#pragma unroll
+        for (int c = 0; c < kHeld; ++c)
+            if (first + c * step < cols) {
+                dy_held[c] = load_vec<N>(dy_row + first + c * step);
+                x_held[c] = load_vec<N>(x_row + first + c * step);
+            }
+#pragma unroll
+        for (int c = 0; c < kHeld; ++c)
+            if (first + c * step < cols) {
+                total += dot(dy_held[c], x_held[c], weight, first + c * step);
+                if constexpr (DWEIGHT)
+#pragma unroll
+                    for (int i = 0; i < N; ++i)
+                        sums[c][i] += widen(dy_held[c][i]) * widen(x_held[c][i]) * r;
+            }
+        if constexpr (!DWEIGHT)
+            for (int64_t h = rest; h < cols; h += step)
+                total += dot(load_vec<N>(dy_row + h), load_vec<N>(x_row + h), weight, h);
+        const float correction = block_sum<kThreads>(total) * r * r * r / (float)cols;
+#pragma unroll
+        for (int c = 0; c < kHeld; ++c)
+            if (first + c * step < cols)
+                input_gradient(dy_held[c], x_held[c], weight, r, correction, residual_row, dx_row, first + c * step);
+        if constexpr (!DWEIGHT)
+            for (int64_t h = rest; h < cols; h += step)
+                input_gradient(load_vec<N>(dy_row + h), load_vec<N>(x_row + h), weight, r, correction, residual_row,
+                               dx_row, h);
+    }
+    if constexpr (DWEIGHT)
+#pragma unroll
+        for (int c = 0; c < kHeld; ++c)
+            if (first + c * step < cols)
+                store_vec(partials + blockIdx.x * cols + first + c * step, sums[c]);
+}
+
+// The same partial sums where a row does not fit the registers. Grid: (blocks of columns, groups of rows).
+// budget: 40 registers, 0 shared
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    weight_partials(const T *dy, int64_t dy_stride, const T *x, int64_t x_stride, const float *rstd, float *partials,
-                    int64_t rows, int64_t cols) {
+    rms_norm_weight_partials_kernel(const T *dy, int64_t dy_stride, const T *x, int64_t x_stride, const float *rstd,
+                                    float *partials, int64_t rows, int64_t cols) {
     const int64_t h = (int64_t)blockIdx.x * kThreads + threadIdx.x;
     if (h >= cols)
         return;
-    const int64_t begin = (int64_t)blockIdx.y * kRowsPerPartial;
-    const int64_t end = begin + kRowsPerPartial < rows ? begin + kRowsPerPartial : rows;
     float total = 0;
-    for (int64_t t = begin; t < end; ++t)
-        total += widen(dy[t * dy_stride + h]) * widen(x[t * x_stride + h]) * rstd[t];
+    for (int64_t row = blockIdx.y; row < rows; row += gridDim.y)
+        total += widen(dy[row * dy_stride + h]) * widen(x[row * x_stride + h]) * rstd[row];
     partials[blockIdx.y * cols + h] = total;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    sum_partials(const float *partials, float *dweight, int64_t groups, int64_t cols) {
-    const int64_t h = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-    if (h >= cols)
-        return;
+constexpr int kSumColumns = 32, kSumGroups = 32;
+
+// budget: 40 registers, 4.125 KiB shared
+__global__ void __launch_bounds__(kSumColumns *kSumGroups)
+    rms_norm_sum_partials_kernel(const float *partials, float *dweight, int64_t groups, int64_t cols) {
+    LT_SHARED(float[kSumGroups][kSumColumns + 1], sums);
+    const int64_t h = (int64_t)blockIdx.x * kSumColumns + threadIdx.x;
     float total = 0;
-    for (int64_t g = 0; g < groups; ++g)
-        total += partials[g * cols + h];
-    dweight[h] = total;
+    if (h < cols)
+        for (int64_t g = threadIdx.y; g < groups; g += kSumGroups)
+            total += partials[g * cols + h];
+    sums[threadIdx.y][threadIdx.x] = total;
+    __syncthreads();
+    if (threadIdx.y == 0 && h < cols) {
+        total = 0;
+        for (int g = 0; g < kSumGroups; ++g)
+            total += sums[g][threadIdx.x];
+        dweight[h] = total;
+    }
+}
+
+// A thread for each vector of the row, in whole warps, up to kThreads.
+unsigned threads_for(int64_t vectors) {
+    const int64_t whole_warps = ceil_div(vectors, 32) * 32;
+    return (unsigned)(std::clamp<int64_t>(whole_warps, 32, kThreads));
+}
+
+// f(std::integral_constant<int, N>): N elements at a time where `vectors` says that they are aligned, else one.
+template <class T, class F> int with_vectors(bool aligned, F f) {
+    return aligned ? f(std::integral_constant<int, kVector<T>>{}) : f(std::integral_constant<int, 1>{});
 }
 
 } // namespace
+} // namespace lt_cuda
 
 extern "C" LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype,
                                                const void *weight, void *y, int64_t y_stride, float *rstd, int64_t rows,
                                                int64_t cols, float eps, void *stream) {
+    using namespace lt_cuda;
     if (rows == 0)
         return 0;
     return with_dtype(dtype, [&](auto t) {
-        return with_dtype(weight_dtype, [&](auto u) {
-            using T = decltype(t);
-            using U = decltype(u);
-            forward<T, U><<<(unsigned)rows, kThreads, 0, (cudaStream_t)stream>>>(
-                (const T *)x, x_stride, (const U *)weight, (T *)y, y_stride, rstd, cols, eps);
-            return launched();
+        using T = decltype(t);
+        const int64_t bytes = sizeof(T);
+        const bool aligned = cols % kVector<T> == 0 && aligned16(x, x_stride * bytes) && aligned16(weight, 0) &&
+                             aligned16(y, y_stride * bytes);
+        return with_vectors<T>(aligned, [&](auto n) {
+            constexpr int N = decltype(n)::value;
+            return launch(rms_norm_forward_kernel<T, N>, (unsigned)std::min(rows, kMaxGrid), threads_for(cols / N), 0,
+                          stream, (const T *)x, x_stride, Weight{weight, weight_dtype}, (T *)y, y_stride, rstd, rows,
+                          cols, eps);
         });
     });
 }
 
-// `partials` holds ceil(rows / 256) * cols floats where dweight is asked for.
 extern "C" LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64_t dy_stride, const void *x,
                                                 int64_t x_stride, int weight_dtype, const void *weight,
                                                 const float *rstd, const void *residual, int64_t residual_stride,
                                                 void *dx, int64_t dx_stride, float *dweight, float *partials,
                                                 int64_t rows, int64_t cols, void *stream) {
-    const cudaStream_t s = (cudaStream_t)stream;
+    using namespace lt_cuda;
     if (rows == 0)
-        return dweight ? (int)cudaMemsetAsync(dweight, 0, cols * sizeof(float), s) : 0;
-    return with_dtype(dtype, [&](auto t) {
-        return with_dtype(weight_dtype, [&](auto u) {
-            using T = decltype(t);
-            using U = decltype(u);
-            const unsigned columns = (unsigned)((cols + kThreads - 1) / kThreads);
-            const unsigned groups = (unsigned)((rows + kRowsPerPartial - 1) / kRowsPerPartial);
-            if (dweight) { // before dx is written: dx may be dy
-                weight_partials<T><<<dim3(columns, groups), kThreads, 0, s>>>((const T *)dy, dy_stride, (const T *)x,
-                                                                              x_stride, rstd, partials, rows, cols);
-                sum_partials<<<columns, kThreads, 0, s>>>(partials, dweight, groups, cols);
+        return dweight ? (int)cudaMemsetAsync(dweight, 0, cols * sizeof(float), (cudaStream_t)stream) : 0;
+    const int64_t groups = std::min(kMaxGroups, ceil_div(rows, kRowsPerGroup));
+    int status = with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        const int64_t bytes = sizeof(T);
+        const bool aligned = cols % kVector<T> == 0 && aligned16(dy, dy_stride * bytes) &&
+                             aligned16(x, x_stride * bytes) && aligned16(weight, 0) &&
+                             aligned16(residual, residual_stride * bytes) && aligned16(dx, dx_stride * bytes) &&
+                             aligned16(partials, 0);
+        return with_vectors<T>(aligned, [&](auto n) {
+            constexpr int N = decltype(n)::value;
+            const unsigned threads = threads_for(cols / N);
+            const auto backward = [&](auto kernel, int64_t blocks) {
+                return launch(kernel, (unsigned)blocks, threads, 0, stream, (const T *)dy, dy_stride, (const T *)x,
+                              x_stride, Weight{weight, weight_dtype}, rstd, (const T *)residual, residual_stride,
+                              (T *)dx, dx_stride, partials, rows, cols);
+            };
+            if (dweight && cols <= (int64_t)kHeld * threads * N)
+                return backward(rms_norm_backward_kernel<T, N, true>, groups);
+            if (dweight) { // before dx is written, as dx may be dy
+                const dim3 grid((unsigned)ceil_div(cols, kThreads), (unsigned)groups);
+                if (int failed = launch(rms_norm_weight_partials_kernel<T>, grid, kThreads, 0, stream, (const T *)dy,
+                                        dy_stride, (const T *)x, x_stride, rstd, partials, rows, cols))
+                    return failed;
             }
-            backward<T, U><<<(unsigned)rows, kThreads, 0, s>>>((const T *)dy, dy_stride, (const T *)x, x_stride,
-                                                               (const U *)weight, rstd, (const T *)residual,
-                                                               residual_stride, (T *)dx, dx_stride, cols);
-            return launched();
+            return backward(rms_norm_backward_kernel<T, N, false>, std::min(rows, kMaxGrid));
         });
     });
+    if (status || !dweight)
+        return status;
+    return launch(rms_norm_sum_partials_kernel, (unsigned)ceil_div(cols, kSumColumns), dim3(kSumColumns, kSumGroups), 0,
+                  stream, partials, dweight, groups, cols);
 }

@@ -8,7 +8,7 @@ from leantune_kernels.cuda import DTYPE_CODES, address, lib, refuses, rows, stre
 
 __all__ = ["backward", "forward", "refuses"]
 
-ROWS_PER_PARTIAL = 256  # kRowsPerPartial in cuda.cu
+MAX_GROUPS, ROWS_PER_GROUP = 1024, 8  # kMaxGroups and kRowsPerGroup in cuda.cu
 
 
 def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
@@ -30,7 +30,7 @@ def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False): 
     dweight = partials = None
     if need_dweight:
         dweight = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
-        partials = dweight.new_empty(-(-x.shape[0] // ROWS_PER_PARTIAL), x.shape[1])
+        partials = dweight.new_empty(min(MAX_GROUPS, -(-x.shape[0] // ROWS_PER_GROUP)), x.shape[1])
     with stream(x) as s:
         lib.rms_norm_backward(
             DTYPE_CODES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
