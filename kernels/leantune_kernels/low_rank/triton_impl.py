@@ -8,15 +8,16 @@ half-precision x take S and the factors rounded to x's dtype, those of float32 a
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
+from leantune_kernels.low_rank import device
 from leantune_kernels.triton_runtime import INTERPRETING, autotune, ceil_div, power_of_two, refuses
 
 __all__ = ["add_", "gradients_group", "input_gradient_group", "linear_group", "merge", "refuses"]
-
-MOST_CHUNKS = 32  # partial sums of a gradient
 
 # The interpreter holds bfloat16 as raw bits, which its dot would multiply as integers: there, products are float32.
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -218,7 +219,7 @@ def product(
 def partial_gradients(C: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[chunks, R, K] float32, whose sum over the chunks is C^T x; C [T, R] float32, x [T, K]."""
     x, rows, R = rows_of(x), C.shape[0], C.shape[1]
-    chunk_rows = max(256, ceil_div(ceil_div(rows, MOST_CHUNKS), 64) * 64)
+    chunk_rows = device.chunk_rows(rows)
     chunks = ceil_div(rows, chunk_rows)
     partials = torch.empty(chunks, R, x.shape[1], device=x.device)
     block_r = power_of_two(R, at_most=64)
@@ -252,55 +253,21 @@ def merge(weight, A, B, scale, out):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def linear_group(x, source, layers, outs):  # type: ignore[no-untyped-def]
-    """S of all layers by one product that reads `source` once, then each layer with S folded in. Returns S of each."""
-    factors = [layer.A for layer in layers]
-    S = project(source, (torch.cat(factors) if len(factors) > 1 else factors[0]).t())
-    projected = list(S.split([A.shape[0] for A in factors], dim=1))
-    for (weight, bias, _, B, scale), part, out in zip(layers, projected, outs, strict=True):
-        product(x, weight.t(), None if bias is None else bias.contiguous(), part, B.t(), scale, out, False)
-    return projected
+def linear(x, layer, S, out):  # type: ignore[no-untyped-def]
+    bias = None if layer.bias is None else layer.bias.contiguous()
+    product(x, layer.weight.t(), bias, S, layer.B.t(), layer.scale, out, accumulate=False)
 
 
-def input_gradient_group(dx, dys, layers):  # type: ignore[no-untyped-def]
-    """dx = sum over the layers of dy W + scale * (dy B) A. Returns dS = dy B of each, side by side in one buffer."""
-    ranks = [layer.A.shape[0] for layer in layers]
-    projected = list(torch.empty(dx.shape[0], sum(ranks), device=dx.device).split(ranks, dim=1))
-    for i, ((weight, _, A, B, scale), dy, part) in enumerate(zip(layers, dys, projected, strict=True)):
-        product(dy, weight, None, project(dy, B, part), A, scale, dx, accumulate=i > 0)
-    return projected
-
-
-def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The columns of all parts: the buffer that they are consecutive slices of, where they are, else a copy."""
-    whole = parts[0]
-    for part in parts[1:]:
-        if part.data_ptr() != whole.data_ptr() + 4 * whole.shape[1] or part.stride(0) != whole.stride(0):
-            return torch.cat(parts, 1)
-        whole = whole.as_strided((whole.shape[0], whole.shape[1] + part.shape[1]), whole.stride())
-    return whole
-
-
-def gradients_group(x, adapters, out, accumulate, S=None, dS=None):  # type: ignore[no-untyped-def]
-    for_A = [i for i, (dA, _) in enumerate(out) if dA is not None]
-    for_B = [i for i, (_, dB) in enumerate(out) if dB is not None]
-    if for_B and S is None:
-        factors = [a.A for a in adapters]
-        S = project(x, torch.cat(factors).t()).split([A.shape[0] for A in factors], dim=1)
-    for i in for_B:
-        dB = out[i][1]
-        reduce_partials(partial_gradients(S[i], adapters[i].dy), adapters[i].scale, dB.t(), accumulate)
-    if not for_A:
-        return
-    if dS is None:
-        ranks = [a.A.shape[0] for a in adapters]
-        dS = torch.empty(x.shape[0], sum(ranks), device=x.device).split(ranks, dim=1)
-        for i in for_A:
-            project(adapters[i].dy, adapters[i].B, dS[i])
-    partials = partial_gradients(side_by_side([dS[i] for i in for_A]), x)
-    for i, part in zip(for_A, partials.split([adapters[i].A.shape[0] for i in for_A], dim=1), strict=True):
-        reduce_partials(part, adapters[i].scale, out[i][0], accumulate)
+def input_gradient(dx, dys, layers, dS):  # type: ignore[no-untyped-def]
+    for i, (dy, layer, part) in enumerate(zip(dys, layers, dS, strict=True)):
+        product(dy, layer.weight, None, part, layer.A, layer.scale, dx, accumulate=i > 0)
 
 
 def add_(y, x, P, Q, scale):  # type: ignore[no-untyped-def]
     product(None, None, None, project(x, P), Q, scale, y, accumulate=True)
+
+
+_products = device.Products(project, linear, input_gradient, partial_gradients, reduce_partials)
+linear_group = partial(device.linear_group, _products)
+input_gradient_group = partial(device.input_gradient_group, _products)
+gradients_group = partial(device.gradients_group, _products)
