@@ -224,6 +224,17 @@ PYBIND11_MODULE(_native, m) {
     m.def("low_rank_merge", checked(lt_low_rank_merge));
     m.def("low_rank_gradients", checked(lt_low_rank_gradients));
     m.def("low_rank_add", checked(lt_low_rank_add));
+    CUDA(low_rank_merge);
+    CUDA(low_rank_project);
+    CUDA(low_rank_linear);
+    CUDA(low_rank_input_gradient);
+    CUDA(low_rank_add);
+    CUDA(low_rank_partials);
+    CUDA(low_rank_reduce);
+
+    // Bottleneck adapter
+    m.def("bottleneck_forward", checked(lt_bottleneck_forward));
+    m.def("bottleneck_backward", checked(lt_bottleneck_backward));
 
     // NF4 weights
     m.def("nf4_quantise", checked(lt_nf4_quantise));

@@ -21,7 +21,7 @@ extern "C" {
 
 enum lt_status { LT_OK = 0, LT_INVALID = 1, LT_NO_MEMORY = 2 };
 enum lt_dtype { LT_F32 = 0, LT_BF16 = 1, LT_F16 = 2 };
-enum lt_activation { LT_SILU = 0, LT_GELU = 1, LT_GELU_TANH = 2 };
+enum lt_activation { LT_SILU = 0, LT_GELU = 1, LT_GELU_TANH = 2, LT_RELU = 3, LT_LINEAR = 4 };
 
 /* ---- the library ------------------------------------------------------------------------------------------------- */
 
@@ -297,7 +297,7 @@ LT_API int lt_cuda_attention_backward(int dtype, const void *grad, int64_t grad_
  * For a linear layer of K inputs and N outputs with fp32 factors A [r, K] and B [N, r].
  * merge:     out [N, K] fp32 = weight + scale * B A. rank 0 is a plain copy. out may be the weight.
  * gradients: with S = x A^T and dS = scale * dy B, da [r, K] = dS^T x and db [N, r] = scale * dy^T S, overwritten, or
- *            accumulated if `accumulate`. Adapters of one call share x, which is read once; at most 16 of them.
+ *            accumulated if `accumulate`; null skips one. Adapters of one call share x, which is read once; at most 16.
  * add:       y [rows, N] += scale * (x P) Q, accumulated, with P [K, r] and Q [r, N] of any two strides each: A^T and
  *            B^T for the forward pass, B and A for the gradient of the input. y must not be x.
  */
@@ -324,6 +324,60 @@ LT_API int lt_low_rank_gradients(int dtype, const void *x, int64_t x_stride, int
 LT_API int lt_low_rank_add(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
                            int64_t p_rank_step, const float *q, int64_t q_rank_step, int64_t q_output_step, void *y,
                            int64_t y_stride, int64_t rows, int64_t inputs, int64_t rank, int64_t outputs, float scale);
+
+/* On CUDA the skinny products are functions of their own, so that S = x A^T and dS = dy B are formed once and kept:
+ * project:        s [rows, rank] fp32 = x P, P [inputs, rank] with one of its steps 1.
+ * linear:         y [rows, outputs] = x W^T + bias + scale * s B^T, in one pass; bias may be null.
+ * input_gradient: dx [rows, inputs] = sum over at most 16 layers of dy W + scale * ds A, in one pass.
+ * partials:       partials [ceil(rows / chunk_rows), rank, cols] = c^T x over each chunk of rows, c [rows, rank] fp32;
+ *                 and the sums of x and c over the chunk, x_sums [.., cols] and c_sums [.., rank], where not null.
+ * reduce:         out [rank, cols] (any steps) = scale * the sum of the chunks, added to out if `accumulate`.
+ * add needs `s`: rows * rank floats.
+ */
+typedef struct lt_cuda_low_rank_layer {
+    const void *dy, *weight; /* [rows, outputs], [outputs, inputs] */
+    int64_t dy_stride, weight_stride;
+    const float *ds, *a; /* [rows, rank], [rank, inputs] */
+    int64_t ds_stride, a_stride;
+    int64_t outputs, rank;
+    float scale;
+} lt_cuda_low_rank_layer;
+
+LT_API int lt_cuda_low_rank_merge(int dtype, const void *weight, int64_t weight_stride, const float *a,
+                                  int64_t a_stride, const float *b, int64_t b_stride, float *out, int64_t out_stride,
+                                  int64_t outputs, int64_t inputs, int64_t rank, float scale, void *stream);
+LT_API int lt_cuda_low_rank_project(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
+                                    int64_t p_rank_step, float *s, int64_t s_stride, int64_t rows, int64_t inputs,
+                                    int64_t rank, void *stream);
+LT_API int lt_cuda_low_rank_linear(int dtype, const void *x, int64_t x_stride, const void *weight,
+                                   int64_t weight_stride, const void *bias, const float *s, int64_t s_stride,
+                                   const float *b, int64_t b_stride, void *y, int64_t y_stride, int64_t rows,
+                                   int64_t inputs, int64_t outputs, int64_t rank, float scale, void *stream);
+LT_API int lt_cuda_low_rank_input_gradient(int dtype, const lt_cuda_low_rank_layer *layers, int64_t count, void *dx,
+                                           int64_t dx_stride, int64_t rows, int64_t inputs, void *stream);
+LT_API int lt_cuda_low_rank_add(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
+                                int64_t p_rank_step, const float *q, int64_t q_rank_step, int64_t q_output_step,
+                                void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t rank, int64_t outputs,
+                                float scale, float *s, void *stream);
+LT_API int lt_cuda_low_rank_partials(int dtype, const float *c, int64_t c_stride, const void *x, int64_t x_stride,
+                                     float *partials, float *x_sums, float *c_sums, int64_t rows, int64_t chunk_rows,
+                                     int64_t rank, int64_t cols, void *stream);
+LT_API int lt_cuda_low_rank_reduce(const float *partials, int64_t chunks, int64_t chunk_stride, float *out,
+                                   int64_t out_rank_step, int64_t out_col_step, int64_t rank, int64_t cols, float scale,
+                                   int accumulate, void *stream);
+
+/* ---- Bottleneck adapter -------------------------------------------------------------------------------------------
+ * y = x + scale * (act(x D^T + down_bias) U^T + up_bias) with fp32 D = down [rank, hidden] and U = up [hidden, rank],
+ * dense; biases may be null; `activation` is an enum lt_activation. Backward forms the activation again; null dx,
+ * ddown, ddown_bias, dup or dup_bias (fp32, dense) skips it. y and dx must not be an input.
+ */
+LT_API int lt_bottleneck_forward(int dtype, const void *x, int64_t x_stride, const float *down, const float *down_bias,
+                                 const float *up, const float *up_bias, float scale, int activation, void *y,
+                                 int64_t y_stride, int64_t rows, int64_t hidden, int64_t rank);
+LT_API int lt_bottleneck_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
+                                  const float *down, const float *down_bias, const float *up, float scale,
+                                  int activation, void *dx, int64_t dx_stride, float *ddown, float *ddown_bias,
+                                  float *dup, float *dup_bias, int64_t rows, int64_t hidden, int64_t rank);
 
 /* ---- NF4 weights --------------------------------------------------------------------------------------------------
  * 4-bit NormalFloat (QLoRA) of a dense array of `size` elements, in blocks of 64: absmax [ceil(size / 64)] is a block's
