@@ -1,8 +1,8 @@
 """Builds csrc/*/cuda.cu, unmodified, for the host: `python tests/cuda_host/build.py [flavour ...]`.
 
-Flavours: `plain` is fast; `sanitized` runs under AddressSanitizer and UndefinedBehaviorSanitizer, for which libasan must
-be loaded before Python (see host.py); `traced` reports every memory access to runtime/trace.cpp, which finds races and
-counts traffic. The result is build/cuda_host/<flavour>/libleantune_cuda_host.so; what has not changed is not compiled.
+Flavours: `plain` is fast; `sanitized` runs under AddressSanitizer and UndefinedBehaviorSanitizer, for which libasan
+must be loaded before Python (see host.py); `traced` reports every memory access to runtime/trace.cpp, which finds races
+and counts traffic. The result is build/cuda_host/<flavour>/libleantune_cuda_host.so; what has not changed is not compiled.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def build(flavour: str, sources: Iterable[Path] | None = None, name: str = "lean
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         jobs = [(path, kernel_flags) for path in kernels]
-        jobs += [(path, runtime_flags) for path in sorted((HERE / "runtime").glob("*.cpp"))]
+        runtime = sorted((HERE / "runtime").glob("*.cpp"))
+        jobs += [(path, runtime_flags) for path in runtime if path.stem != "trace" or flavour == "traced"]
         with ThreadPoolExecutor(os.cpu_count()) as workers:
             objects = list(workers.map(compile_one, jobs))
         library = folder / f"lib{name}.so"

@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <type_traits>
 
 struct uint3 {
@@ -19,10 +18,13 @@ struct dim3 {
 
 namespace lt_host {
 
-// A place in the kernel's source; the default arguments of the intrinsics fill it in.
+// A place in the kernel's source. As a default argument, here() is where the caller calls.
 struct Place {
     const char *file;
     int line;
+    static constexpr Place here(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
 };
 
 struct Thread; // runtime/block.h
@@ -117,13 +119,15 @@ void cp_async_wait(int pending);
 
 // ---- launches
 
-// Runs `thread` for each thread of each block; 0 or a cudaError_t, whose words cudaGetErrorString has.
-int launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()> &thread);
+// Calls thread(context) for each thread of each block; 0 or a cudaError_t, whose words cudaGetErrorString has.
+int launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*thread)(const void *),
+           const void *context);
+
+template <class F> int launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const F &thread) {
+    return launch(kernel, grid, block, dynamic_shared_bytes, [](const void *f) { (*(const F *)f)(); }, &thread);
+}
 
 } // namespace lt_host
-
-#define LT_HERE \
-    ::lt_host::Place { __builtin_FILE(), __builtin_LINE() }
 
 // The variable is found by the address of its static record, as each instantiation of a function has its own.
 #define LT_SHARED(type, name)                                                           \

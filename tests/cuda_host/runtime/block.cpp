@@ -150,7 +150,8 @@ static const char *base(const char *file) {
 // ---- waiting for other threads
 // ---------------------------------------------------------------------------------------
 
-static bool same_place(const Place &a, const Place &b) { return a.line == b.line && !strcmp(a.file, b.file); }
+static bool same_text(const char *a, const char *b) { return a == b || !strcmp(a, b); }
+static bool same_place(const Place &a, const Place &b) { return a.line == b.line && same_text(a.file, b.file); }
 
 static int at_barrier;
 
@@ -175,37 +176,40 @@ void barrier(Place place) {
 int lane() { return block.self->lane(); }
 
 static bool same_collective(const Thread &a, const Thread &b) {
-    return a.mask == b.mask && !strcmp(a.what, b.what) && same_place(a.place, b.place);
+    return a.mask == b.mask && same_text(a.what, b.what) && same_place(a.place, b.place);
 }
+
+static unsigned in_collective[32], exited[32]; // for each warp, its lanes that are
 
 void collective(const char *name, unsigned mask, Place place, void *operands, Complete complete) {
     Thread &self = *block.self;
-    Thread *warp = &block.threads[self.number / 32 * 32];
+    const int w = self.number / 32;
+    Thread *warp = &block.threads[w * 32];
     if (!(mask >> self.lane() & 1))
-        fail("%s at %s:%d: lane %d calls it with mask 0x%08x, which leaves it out", name, base(place.file), place.line,
-             self.lane(), mask);
+        fail("%s at %s:%d: mask 0x%08x leaves out the lane that calls it, %d", name, base(place.file), place.line, mask,
+             self.lane());
+    if (const unsigned absent = mask & exited[w])
+        fail("%s at %s:%d: mask 0x%08x names lane %d, which has exited or never was", name, base(place.file),
+             place.line, mask, __builtin_ctz(absent));
     self.what = name;
     self.mask = mask;
     self.place = place;
     self.operands = operands;
     self.state = State::IN_COLLECTIVE;
+    in_collective[w] |= 1u << self.lane();
+    bool together = (in_collective[w] & mask) == mask;
     void *all[32] = {};
-    bool complete_now = true;
-    for (int i = 0; i < 32; ++i) {
-        if (!(mask >> i & 1))
-            continue;
-        const Thread &other = warp[i];
-        if (other.number >= block.size || other.state == State::DONE)
-            fail("%s at %s:%d: mask 0x%08x names lane %d, which %s", name, base(place.file), place.line, mask, i,
-                 other.number >= block.size ? "the block does not have" : "has exited");
-        complete_now = complete_now && other.state == State::IN_COLLECTIVE && same_collective(self, other);
-        all[i] = other.operands;
-    }
-    if (complete_now) {
+    for (int i = 0; i < 32 && together; ++i)
+        if (mask >> i & 1) {
+            together = same_collective(self, warp[i]);
+            all[i] = warp[i].operands;
+        }
+    if (together) {
         if (complete)
             complete(all, mask);
         else
             trace_syncwarp(mask);
+        in_collective[w] &= ~mask;
         for (int i = 0; i < 32; ++i)
             if (mask >> i & 1)
                 set_ready(warp[i]);
@@ -254,11 +258,12 @@ unsigned vote(const char *name, unsigned mask, bool predicate, Place place) {
 static void thread_entry() {
     entered_fiber();
     for (;;) {
-        (*block.body)();
+        block.body(block.context);
         Thread &self = *block.self;
         if (!self.copies.empty())
             fail("it ends with %zu cp.async that no cp_async_wait has waited for", self.copies.size());
         self.state = State::DONE;
+        exited[self.number / 32] |= 1u << self.lane();
         wait(); // until the next block
     }
 }
@@ -306,6 +311,11 @@ static bool run_block() {
     begin_shared();
     trace_block();
     at_barrier = 0;
+    for (int w = 0; w * 32 < block.size; ++w) {
+        const int lanes = block.size - w * 32;
+        exited[w] = lanes < 32 ? ~0u << lanes : 0;
+        in_collective[w] = 0;
+    }
     for (int t = 0; t < block.size; ++t) {
         block.threads[t].group = 0;
         set_ready(block.threads[t]);
@@ -351,7 +361,8 @@ static void prepare() {
     }
 }
 
-int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &body) {
+int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void (*body)(const void *),
+           const void *context) {
     static std::mutex one_at_a_time;
     std::lock_guard<std::mutex> lock(one_at_a_time);
     if (!block.arena)
@@ -362,15 +373,14 @@ int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, const
         return cudaErrorInvalidConfiguration;
     failed = false;
     block.size = (int)threads;
-    block.body = &body;
+    block.body = body;
+    block.context = context;
     block.kernel = kernel;
     block.dynamic_bytes = dynamic_bytes;
     block_size = size;
     grid_size = grid;
     for (unsigned t = 0; t < threads; ++t)
         block.threads[t].index = {t % size.x, t / size.x % size.y, t / size.x / size.y};
-    for (unsigned t = (unsigned)threads; t < (threads + 31) / 32 * 32; ++t)
-        block.threads[t].state = State::DONE;
     trace_launch();
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)

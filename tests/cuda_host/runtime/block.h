@@ -52,7 +52,8 @@ struct Block {
     int size;     // number of threads
     Thread *self; // the one that runs
     Fiber launcher;
-    const std::function<void()> *body;
+    void (*body)(const void *context);
+    const void *context;
     const void *kernel;
     uint64_t serial; // of the block, over all launches
     unsigned char *arena;

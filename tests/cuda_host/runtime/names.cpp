@@ -6,6 +6,7 @@
 #include <elf.h>
 #include <link.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -28,10 +29,11 @@ static std::string demangled(const char *symbol) {
     char *text = abi::__cxa_demangle(symbol, nullptr, nullptr, nullptr);
     std::string name = text ? text : symbol;
     free(text);
-    const size_t space = name.rfind("(anonymous namespace)::"); // "void a::(anonymous namespace)::name<T>(T*)"
-    if (space != std::string::npos)
-        name = name.substr(space + strlen("(anonymous namespace)::"));
-    return name.substr(0, name.find_first_of("<("));
+    // "void lt_cuda::(anonymous namespace)::name_kernel<float>(float *)"
+    const size_t kernel = name.find("_kernel");
+    const size_t before = name.find_last_of(": ", kernel);
+    name.erase(std::min(name.size(), name.find_first_of("<(", kernel)));
+    return before == std::string::npos ? name : name.substr(before + 1);
 }
 
 static std::map<const void *, std::string> functions_of_this_library() {
