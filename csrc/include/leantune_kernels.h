@@ -66,12 +66,20 @@ LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64_t dy_strid
                                      float *partials, int64_t rows, int64_t cols, void *stream);
 
 /* ---- Rotary embedding ---------------------------------------------------------------------------------------------
- * In place, for every token and head: (x[i], x[i + half]) becomes (x[i] c - x[i + half] s, x[i + half] c + x[i] s) with
- * c, s = cos, sin[positions[token], i]; cos and sin are dense [.., half]. Columns from 2 * half on stay as they are.
- * `inverse` turns the other way (the backward pass). positions are not checked here.
+ * In place, for every token and head of q and k: the pair (a, b) becomes (a c - b s, b c + a s) with c, s = cos,
+ * sin[positions[token], i]; cos and sin are dense [table_rows, half]. Pair i < half is columns (i, i + half), or
+ * (2 i, 2 i + 1) where `interleaved`; columns from 2 * half on stay as they are. `inverse` turns the other way (the
+ * backward pass). k may be null with k_heads 0. A position outside [0, table_rows) is LT_INVALID; on a device the
+ * token's pairs become NaN.
  */
-LT_API int lt_rope(int dtype, void *x, int64_t token_stride, int64_t head_stride, const float *cos, const float *sin,
-                   const int64_t *positions, int64_t tokens, int64_t heads, int64_t half, int inverse);
+LT_API int lt_rope(int dtype, void *q, int64_t q_token_stride, int64_t q_head_stride, int64_t q_heads, void *k,
+                   int64_t k_token_stride, int64_t k_head_stride, int64_t k_heads, const float *cos, const float *sin,
+                   int64_t table_rows, const int64_t *positions, int64_t tokens, int64_t half, int interleaved,
+                   int inverse);
+LT_API int lt_cuda_rope(int dtype, void *q, int64_t q_token_stride, int64_t q_head_stride, int64_t q_heads, void *k,
+                        int64_t k_token_stride, int64_t k_head_stride, int64_t k_heads, const float *cos,
+                        const float *sin, int64_t table_rows, const int64_t *positions, int64_t tokens, int64_t half,
+                        int interleaved, int inverse, void *stream);
 
 /* ---- SwiGLU -------------------------------------------------------------------------------------------------------
  * h = silu(gate) * up. Backward is in place: dh becomes h, gate becomes d_gate, up becomes d_up.
@@ -89,6 +97,22 @@ LT_API int lt_swiglu_backward(int dtype, void *dh, int64_t dh_stride, void *gate
 LT_API int lt_cross_entropy_rows(float *logits, int64_t stride, const int64_t *targets, const float *row_scale,
                                  float scale, float label_smoothing, float z_loss, int need_gradient, double *losses,
                                  int64_t rows, int64_t cols);
+/* On a device a target outside [0, cols) makes the row NaN; elsewhere it is LT_INVALID. */
+LT_API int lt_cuda_cross_entropy_rows(float *logits, int64_t stride, const int64_t *targets, const float *row_scale,
+                                      float scale, float label_smoothing, float z_loss, int need_gradient,
+                                      double *losses, int64_t rows, int64_t cols, void *stream);
+
+/* Soft targets, for distillation: losses[t] = alpha T^2 KL(softmax(z / T) || softmax(x / T)) + (1 - alpha) (lse -
+ * x[targets[t]]), x = logits[t], z = teacher[t], T = temperature; gradient as above. With alpha 1, targets are not read
+ * and may be null. A teacher's logit of -infinity is a probability of 0. */
+LT_API int lt_distillation_rows(float *logits, int64_t stride, int teacher_dtype, const void *teacher,
+                                int64_t teacher_stride, const int64_t *targets, const float *row_scale, float scale,
+                                float alpha, float temperature, int need_gradient, double *losses, int64_t rows,
+                                int64_t cols);
+LT_API int lt_cuda_distillation_rows(float *logits, int64_t stride, int teacher_dtype, const void *teacher,
+                                     int64_t teacher_stride, const int64_t *targets, const float *row_scale,
+                                     float scale, float alpha, float temperature, int need_gradient, double *losses,
+                                     int64_t rows, int64_t cols, void *stream);
 
 /* ---- AdamW over a list of tensors ---------------------------------------------------------------------------------
  * In place, with decoupled decay, at step `step` (from 1), on fp32 parameters and moments; every array has `tensors`
@@ -107,12 +131,37 @@ LT_API int lt_adamw(int64_t tensors, const int64_t *sizes, float *const *params,
 LT_API int lt_sum_of_squares(int64_t tensors, const int64_t *sizes, const void *const *data, const int64_t *dtypes,
                              double *result);
 
+/* ---- Embedding ----------------------------------------------------------------------------------------------------
+ * forward:  y[t] = scale * weight[ids[t]]. An id outside [0, vocabulary) is LT_INVALID; on a device its row is NaN.
+ * backward: dweight[v] = scale * the sum of dy[t] over the t with ids[t] = v, in the order of t in fp32, then stored
+ *           (or added to what is there, if `accumulate`). `order` [tokens] sorts the ids and keeps the order of equal
+ *           ones, sorted_ids[i] = ids[order[i]]. Row padding_idx gets no gradient, -1 for none; ids outside
+ *           [0, vocabulary) are left out.
+ */
+LT_API int lt_embedding_forward(int dtype, const void *weight, int64_t weight_stride, const int64_t *ids, int y_dtype,
+                                void *y, int64_t y_stride, int64_t tokens, int64_t vocabulary, int64_t cols,
+                                float scale);
+LT_API int lt_embedding_backward(int dtype, const void *dy, int64_t dy_stride, const int64_t *sorted_ids,
+                                 const int64_t *order, int dweight_dtype, void *dweight, int64_t dweight_stride,
+                                 int64_t tokens, int64_t vocabulary, int64_t cols, float scale, int64_t padding_idx,
+                                 int accumulate);
+/* `sums`: 2 * ceil(tokens / 64) * cols floats. */
+LT_API int lt_cuda_embedding_forward(int dtype, const void *weight, int64_t weight_stride, const int64_t *ids,
+                                     int y_dtype, void *y, int64_t y_stride, int64_t tokens, int64_t vocabulary,
+                                     int64_t cols, float scale, void *stream);
+LT_API int lt_cuda_embedding_backward(int dtype, const void *dy, int64_t dy_stride, const int64_t *sorted_ids,
+                                      const int64_t *order, int dweight_dtype, void *dweight, int64_t dweight_stride,
+                                      int64_t tokens, int64_t vocabulary, int64_t cols, float scale,
+                                      int64_t padding_idx, int accumulate, float *sums, void *stream);
+
 /* ---- Dropout ------------------------------------------------------------------------------------------------------
  * y[i] = x[i] * (u >= threshold ? scale : 0); u is word e % 4 of Philox4x32-10 at counter e / 4 with key `seed`,
  * e = offset + i. The backward pass is the same call on the gradient. y may be x.
  */
 LT_API int lt_dropout(int dtype, const void *x, void *y, int64_t size, uint64_t seed, uint64_t offset,
                       uint32_t threshold, float scale);
+LT_API int lt_cuda_dropout(int dtype, const void *x, void *y, int64_t size, uint64_t seed, uint64_t offset,
+                           uint32_t threshold, float scale, void *stream);
 
 /* ---- packed attention -----------------------------------------------------------------------------------------------
  * o[t, h] = sum_j softmax_j(scale * <q[t, h], k[j, h']>) * v[j, h'] over the tokens j of t's own sequence, j <= t where

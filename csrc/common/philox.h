@@ -1,0 +1,72 @@
+// Philox4x32-10, the counter-based generator behind every random number: Salmon, Moraes, Dror and Shaw, "Parallel
+// random numbers: as easy as 1, 2, 3", SC 2011. A counter of four 32-bit words and a key of two give four words, the
+// same on every machine. The counter's first two words are a 64-bit number that counts through the elements, the other
+// two are the caller's: (0, 0) for dropout, (tensor, step) for stochastic rounding.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(LT_CUDA_HOST)
+#define LT_PHILOX __host__ __device__ inline
+#define LT_PHILOX_NAMESPACE lt_cuda
+#else
+#define LT_PHILOX static inline __attribute__((always_inline))
+#define LT_PHILOX_NAMESPACE lt::LT_ISA
+#endif
+
+namespace LT_PHILOX_NAMESPACE {
+
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u; // the golden ratio and sqrt(3) - 1, as fractions of 2^32
+constexpr uint32_t kPhiloxKeyStep1 = 0xBB67AE85u;
+
+LT_PHILOX void philox_round(uint32_t &c0, uint32_t &c1, uint32_t &c2, uint32_t &c3, uint32_t key0, uint32_t key1) {
+    const uint64_t a = (uint64_t)c0 * 0xD2511F53u, b = (uint64_t)c2 * 0xCD9E8D57u;
+    c0 = (uint32_t)(b >> 32) ^ c1 ^ key0;
+    c1 = (uint32_t)b;
+    c2 = (uint32_t)(a >> 32) ^ c3 ^ key1;
+    c3 = (uint32_t)a;
+}
+
+// words[0..3] at (counter, third, fourth) under key `seed`.
+LT_PHILOX void philox(uint64_t counter, uint32_t third, uint32_t fourth, uint64_t seed, uint32_t *words) {
+    uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = third, c3 = fourth;
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        philox_round(c0, c1, c2, c3, key0, key1);
+        key0 += kPhiloxKeyStep0;
+        key1 += kPhiloxKeyStep1;
+    }
+    words[0] = c0;
+    words[1] = c1;
+    words[2] = c2;
+    words[3] = c3;
+}
+
+// words[4 k + j] = word j at counter `first` + k, for COUNTERS counters: plain loops, which the compiler turns into
+// vectors.
+template <int COUNTERS>
+LT_PHILOX void philox_run(uint64_t first, uint32_t third, uint32_t fourth, uint64_t seed, uint32_t *words) {
+    uint32_t c0[COUNTERS], c1[COUNTERS], c2[COUNTERS], c3[COUNTERS];
+    for (int k = 0; k < COUNTERS; ++k) {
+        const uint64_t counter = first + (uint64_t)k;
+        c0[k] = (uint32_t)counter;
+        c1[k] = (uint32_t)(counter >> 32);
+        c2[k] = third;
+        c3[k] = fourth;
+    }
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        for (int k = 0; k < COUNTERS; ++k)
+            philox_round(c0[k], c1[k], c2[k], c3[k], key0, key1);
+        key0 += kPhiloxKeyStep0;
+        key1 += kPhiloxKeyStep1;
+    }
+    for (int k = 0; k < COUNTERS; ++k) {
+        words[4 * k] = c0[k];
+        words[4 * k + 1] = c1[k];
+        words[4 * k + 2] = c2[k];
+        words[4 * k + 3] = c3[k];
+    }
+}
+
+} // namespace LT_PHILOX_NAMESPACE
