@@ -16,25 +16,28 @@ namespace lt_cuda {
 #if defined(LT_CUDA_HOST)
 
 // `place` is where the kernel calls; nobody passes it.
-inline void mma_bf16_16816(float d[4], const uint32_t a[4], const uint32_t b[2], lt_host::Place place = LT_HERE) {
+inline void mma_bf16_16816(float d[4], const uint32_t a[4], const uint32_t b[2],
+                           lt_host::Place place = lt_host::Place::here()) {
     lt_host::mma_16816(lt_host::Element::BF16, d, a, b, place);
 }
-inline void mma_f16_16816(float d[4], const uint32_t a[4], const uint32_t b[2], lt_host::Place place = LT_HERE) {
+inline void mma_f16_16816(float d[4], const uint32_t a[4], const uint32_t b[2],
+                          lt_host::Place place = lt_host::Place::here()) {
     lt_host::mma_16816(lt_host::Element::F16, d, a, b, place);
 }
-inline void mma_tf32_1688(float d[4], const uint32_t a[4], const uint32_t b[2], lt_host::Place place = LT_HERE) {
+inline void mma_tf32_1688(float d[4], const uint32_t a[4], const uint32_t b[2],
+                          lt_host::Place place = lt_host::Place::here()) {
     lt_host::mma_tf32_1688(d, a, b, place);
 }
-inline void ldmatrix_x4(uint32_t r[4], const void *shared, lt_host::Place place = LT_HERE) {
+inline void ldmatrix_x4(uint32_t r[4], const void *shared, lt_host::Place place = lt_host::Place::here()) {
     lt_host::ldmatrix("ldmatrix_x4", 4, false, r, shared, place);
 }
-inline void ldmatrix_x4_trans(uint32_t r[4], const void *shared, lt_host::Place place = LT_HERE) {
+inline void ldmatrix_x4_trans(uint32_t r[4], const void *shared, lt_host::Place place = lt_host::Place::here()) {
     lt_host::ldmatrix("ldmatrix_x4_trans", 4, true, r, shared, place);
 }
-inline void ldmatrix_x2(uint32_t r[2], const void *shared, lt_host::Place place = LT_HERE) {
+inline void ldmatrix_x2(uint32_t r[2], const void *shared, lt_host::Place place = lt_host::Place::here()) {
     lt_host::ldmatrix("ldmatrix_x2", 2, false, r, shared, place);
 }
-inline void ldmatrix_x2_trans(uint32_t r[2], const void *shared, lt_host::Place place = LT_HERE) {
+inline void ldmatrix_x2_trans(uint32_t r[2], const void *shared, lt_host::Place place = lt_host::Place::here()) {
     lt_host::ldmatrix("ldmatrix_x2_trans", 2, true, r, shared, place);
 }
 inline void cp_async_16(void *shared, const void *global, bool valid) { lt_host::cp_async_16(shared, global, valid); }

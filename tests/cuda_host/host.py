@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+import leantune_kernels
 from cuda_host.build import build
+from leantune_kernels import cuda, testing
+from leantune_kernels.dispatch import Op
 
 
 def library(flavour: str) -> Path:
@@ -16,22 +23,81 @@ def library(flavour: str) -> Path:
     return build(flavour)
 
 
+def cuda_ops() -> list[str]:
+    """The ops that have a CUDA implementation."""
+    return [op for op in leantune_kernels.ops() if Op(f"leantune_kernels.{op}").implementation("cuda") is not None]
+
+
 @contextmanager
 def kernels(flavour: str) -> Iterator[ctypes.CDLL]:
-    """Every op runs its CUDA kernels, on the memory of the cpu, inside the block. Yields the library."""
-    from leantune_kernels import cuda
+    """Every op runs its CUDA kernels, on the memory of the cpu, inside the block. Yields the library.
 
+    PyTorch keeps to one thread meanwhile: the tensors are small.
+    """
     path = library(flavour)
-    before = (cuda._opened, cuda._device, os.environ.get("LEANTUNE_IMPL"))
+    opened, forced, threads = cuda.library(), os.environ.get("LEANTUNE_IMPL"), torch.get_num_threads()
     cuda.use_library(path, device="cpu")
     os.environ["LEANTUNE_IMPL"] = "cuda"
+    torch.set_num_threads(1)
     try:
         yield ctypes.CDLL(str(path))
     finally:
-        cuda._opened, cuda._device = before[:2]
-        if before[0] is not None:
-            cuda.use_library(before[0], before[1])
-        if before[2] is None:
+        torch.set_num_threads(threads)
+        if opened is not None:
+            cuda.use_library(opened)
+        else:
+            cuda._opened, cuda._device = None, "cuda"
+        if forced is None:
             del os.environ["LEANTUNE_IMPL"]
         else:
-            os.environ["LEANTUNE_IMPL"] = before[2]
+            os.environ["LEANTUNE_IMPL"] = forced
+
+
+@dataclass(frozen=True)
+class Bytes:
+    loaded: int
+    stored: int
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.loaded + other.loaded, self.stored + other.stored)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of global memory: every access; each byte once a block (L1 and L2 serve a block's second look); each byte
+    once a launch (what memory sees if L2 also holds all that blocks share)."""
+
+    requested: Bytes
+    per_block: Bytes
+    per_launch: Bytes
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.requested + other.requested, self.per_block + other.per_block, self.per_launch + other.per_launch
+        )
+
+
+NO_TRAFFIC = Traffic(*[Bytes(0, 0)] * 3)
+
+
+def read_traffic(traced: ctypes.CDLL) -> dict[str, Traffic]:
+    """By kernel, since the library's last lt_host_traffic_reset(); kernels that did not run are left out."""
+    traced.lt_host_kernels.restype = ctypes.c_char_p
+    result = {}
+    for name in traced.lt_host_kernels().decode().split():
+        counts = (ctypes.c_uint64 * 6)()
+        traced.lt_host_traffic(name.encode(), counts)
+        if any(counts):
+            result[name] = Traffic(*(Bytes(counts[i], counts[i + 1]) for i in (0, 2, 4)))
+    return result
+
+
+def traffic(op: str, case: str, dtype: torch.dtype = torch.float32) -> dict[str, Traffic]:
+    """Traffic by kernel of one case of an op's cases.py, forward and backward: sum(result.values(), NO_TRAFFIC)."""
+    module = importlib.import_module(f"leantune_kernels.{op}.cases")
+    [chosen] = [c for c in module.CASES if c.name == case]
+    with kernels("traced") as traced:
+        inputs = chosen.make(torch.Generator().manual_seed(0), dtype)
+        traced.lt_host_traffic_reset()
+        testing.run(module.function, inputs, chosen)
+        return read_traffic(traced)

@@ -18,10 +18,13 @@ struct dim3 {
 
 namespace lt_host {
 
-// A place in the kernel's source; the default arguments of the intrinsics fill it in.
+// A place in the kernel's source. As a default argument, here() is where the caller calls.
 struct Place {
     const char *file;
     int line;
+    static constexpr Place here(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
 };
 
 struct Thread; // runtime/block.h
@@ -125,9 +128,6 @@ template <class F> int launch(const void *kernel, dim3 grid, dim3 block, size_t 
 }
 
 } // namespace lt_host
-
-#define LT_HERE \
-    ::lt_host::Place { __builtin_FILE(), __builtin_LINE() }
 
 // The variable is found by the address of its static record, as each instantiation of a function has its own.
 #define LT_SHARED(type, name)                                                           \

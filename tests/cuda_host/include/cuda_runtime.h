@@ -37,41 +37,43 @@ LT_VECTOR_TYPES(unsigned short, ushort)
 
 // ---- waiting for other threads. `place` is where the kernel calls; nobody passes it.
 
-inline void __syncthreads(lt_host::Place place = LT_HERE) { lt_host::barrier(place); }
+inline void __syncthreads(lt_host::Place place = lt_host::Place::here()) { lt_host::barrier(place); }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, lt_host::Place place = LT_HERE) {
+inline void __syncwarp(unsigned mask = 0xffffffffu, lt_host::Place place = lt_host::Place::here()) {
     lt_host::collective("__syncwarp", mask, place, nullptr, nullptr);
 }
 
-template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, lt_host::Place place = LT_HERE) {
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, lt_host::Place place = lt_host::Place::here()) {
     const int segment = lt_host::lane() & ~(width - 1);
     return lt_host::shuffled("__shfl_sync", mask, value, segment | (source & (width - 1)), place);
 }
-template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, lt_host::Place place = LT_HERE) {
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, lt_host::Place place = lt_host::Place::here()) {
     const int lane = lt_host::lane(), source = lane ^ bits;
     const int beyond = (lane & ~(width - 1)) + width;
     return lt_host::shuffled("__shfl_xor_sync", mask, value, source < beyond ? source : lane, place);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, lt_host::Place place = LT_HERE) {
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, lt_host::Place place = lt_host::Place::here()) {
     const int lane = lt_host::lane(), source = lane + (int)by;
     const int beyond = (lane & ~(width - 1)) + width;
     return lt_host::shuffled("__shfl_down_sync", mask, value, source < beyond ? source : lane, place);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, lt_host::Place place = LT_HERE) {
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, lt_host::Place place = lt_host::Place::here()) {
     const int lane = lt_host::lane(), source = lane - (int)by;
     const int first = lane & ~(width - 1);
     return lt_host::shuffled("__shfl_up_sync", mask, value, source >= first ? source : lane, place);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, lt_host::Place place = LT_HERE) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, lt_host::Place place = lt_host::Place::here()) {
     return lt_host::vote("__ballot_sync", mask, predicate != 0, place);
 }
-inline int __any_sync(unsigned mask, int predicate, lt_host::Place place = LT_HERE) {
+inline int __any_sync(unsigned mask, int predicate, lt_host::Place place = lt_host::Place::here()) {
     return lt_host::vote("__any_sync", mask, predicate != 0, place) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate, lt_host::Place place = LT_HERE) {
+inline int __all_sync(unsigned mask, int predicate, lt_host::Place place = lt_host::Place::here()) {
     return lt_host::vote("__all_sync", mask, predicate != 0, place) == mask;
 }
 
