@@ -99,7 +99,8 @@ __device__ inline void update_piece(const lt_parameter &t, const lt_piece &piece
 #pragma unroll
         for (int k = 0; k < kRun; ++k)
             adamw_update(p[k], g[k], m[k], v[k], u, rates);
-        const float new_m = largest_magnitude(m, n), new_v = largest_magnitude(v, n); // after every lane has read
+        const float new_m = largest_magnitude(m, n), new_v = largest_magnitude(v, n);
+        __syncwarp(kAllLanes); // every lane has read the old ones
         if (lane == 0) {
             absmax_m[block] = new_m;
             absmax_v[block] = new_v;
@@ -112,7 +113,7 @@ __device__ inline void update_piece(const lt_parameter &t, const lt_piece &piece
 
 // budget: 96 registers, 26 KiB shared
 // claims: LDG.E.128 STG.E.128
-__global__ void __launch_bounds__(kListThreads)
+__global__ void __launch_bounds__(kListThreads, 2)
     adamw_8bit_kernel(const lt_parameter *list, const lt_piece *pieces, int64_t count, const uint32_t *tables,
                       AdamwNumbers u) {
     LT_SHARED(uint32_t[kTableWords], words);
