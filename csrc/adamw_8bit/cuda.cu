@@ -30,7 +30,7 @@ __device__ inline void load_codes(const uint8_t *codes, int64_t i, int n, bool a
 
 __device__ inline void store_codes(uint8_t *codes, int64_t i, int n, bool aligned, const Vec<uint8_t, kRun> &run) {
     if (aligned && n == kRun) {
-        store_vec(codes + i, run);
+        store_whole(codes + i, run);
     } else {
 #pragma unroll
         for (int k = 0; k < kRun; ++k)
@@ -79,8 +79,8 @@ __device__ inline void update_piece(const lt_parameter &t, const lt_piece &piece
                                     const AdamwNumbers &u) {
     const Span span = span_of(t, piece);
     const AdamwRates rates = adamw_rates(t, u);
-    uint8_t *const codes_m = (uint8_t *)t.states[0], *const codes_v = (uint8_t *)t.states[2];
-    float *const absmax_m = (float *)t.states[1], *const absmax_v = (float *)t.states[3];
+    uint8_t *const codes_m = global((uint8_t *)t.states[0]), *const codes_v = global((uint8_t *)t.states[2]);
+    float *const absmax_m = global((float *)t.states[1]), *const absmax_v = global((float *)t.states[3]);
     const int lane = threadIdx.x % 32;
     // All lanes of a warp go round as often: they exchange their maxima.
     for (int64_t at = (int64_t)(threadIdx.x / 32) * LT_CODE_BLOCK; at < span.size; at += kListThreads * kRun) {
