@@ -136,7 +136,7 @@ class BuildKernels(build_ext):
         self.announce(" ".join(command), 2)
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            raise SystemExit(f"{' '.join(command)}\\n{result.stdout}{result.stderr}")
+            raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
         if result.stderr:
             self.announce(result.stderr, 3)
 

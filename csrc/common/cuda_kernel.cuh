@@ -56,9 +56,24 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared_by
 #endif
 }
 
+// Shared memory that a block of the current device may ask for, or 48 KiB where the device cannot say.
+inline int64_t max_shared_bytes() {
+#if defined(LT_CUDA_HOST)
+    return 163 << 10;
+#else
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 48 << 10;
+    }
+    return bytes;
+#endif
+}
+
 template <class A, class B> __host__ __device__ constexpr A ceil_div(A a, B b) { return (a + b - 1) / b; }
 
-// f(T{}) for the storage type T that `dtype` names; on the host its result, or cudaErrorInvalidValue.
+// f(T{}) for the storage type T that `dtype` names, or cudaErrorInvalidValue.
 template <class F> int with_dtype(int dtype, F f) {
     switch (dtype) {
     case LT_F32:
@@ -70,15 +85,6 @@ template <class F> int with_dtype(int dtype, F f) {
     default:
         return (int)cudaErrorInvalidValue;
     }
-}
-
-template <class F> __device__ inline void with_dtype_on_device(int dtype, F f) {
-    if (dtype == LT_F32)
-        f(float{});
-    else if (dtype == LT_BF16)
-        f(__nv_bfloat16{});
-    else
-        f(__half{});
 }
 
 // Whether every row, `stride_bytes` after the one before, starts at a multiple of 16 bytes. A null pointer does.
