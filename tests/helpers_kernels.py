@@ -1,4 +1,4 @@
-"""Forcing one implementation of an op in a test, whatever runs it: C++ at a level, Triton's interpreter, the emulator."""
+"""Forcing one implementation of an op in a test: C++ at a level, Triton interpreted, CUDA emulated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

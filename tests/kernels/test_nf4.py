@@ -68,7 +68,9 @@ def test_codes_as_bitsandbytes_stores_them(implementation):
     assert bytes(w.codes.tolist()).hex() == "00000111111112222233344445556667788899aaabbbccccddddeeeeeeefffff"
     values = dynamic_map()
     assert values.unique().numel() == 256 and torch.equal(values, values.sort().values)
-    assert values[[0, 126, 127, 128, 254, 255]].tolist() == pytest.approx([-0.9929687, -5.5e-7, 0, 5.5e-7, 0.9929687, 1])
+    assert values[[0, 126, 127, 128, 254, 255]].tolist() == pytest.approx(
+        [-0.9929687, -5.5e-7, 0, 5.5e-7, 0.9929687, 1]
+    )
 
 
 def test_the_headers_map_is_the_formulas():
