@@ -57,7 +57,7 @@ LT_API int lt_rms_norm_backward(int dtype, const void *dy, int64_t dy_stride, co
                                 int64_t residual_stride, void *dx, int64_t dx_stride, float *dweight, int64_t rows,
                                 int64_t cols);
 
-/* `partials`: min(1024, ceil(rows / 8)) * cols floats, needed with dweight. */
+/* The weight is of x's dtype or fp32. `partials`: min(1024, ceil(rows / 8)) * cols floats, needed with dweight. */
 LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight,
                                     void *y, int64_t y_stride, float *rstd, int64_t rows, int64_t cols, float eps,
                                     void *stream);

@@ -11,20 +11,6 @@ constexpr int kHeld = 4; // vectors of a row that a thread holds
 constexpr int64_t kMaxGroups = 1024, kRowsPerGroup = 8;
 constexpr int64_t kMaxGrid = 0x7fffffff;
 
-struct Weight { // of any storage type, whatever that of x
-    const void *data;
-    int dtype;
-};
-
-template <int N> __device__ void load_weight(Weight weight, int64_t h, float (&w)[N]) {
-    with_dtype_on_device(weight.dtype, [&](auto u) {
-        const auto v = load_vec<N>((const decltype(u) *)weight.data + h);
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-            w[i] = widen(v[i]);
-    });
-}
-
 template <class T, int N> __device__ float sum_of_squares(const Vec<T, N> &x) {
     float total = 0;
 #pragma unroll
@@ -33,21 +19,21 @@ template <class T, int N> __device__ float sum_of_squares(const Vec<T, N> &x) {
     return total;
 }
 
-template <class T, int N> __device__ void scale(const Vec<T, N> &x, float rstd, Weight weight, T *y, int64_t h) {
-    float w[N];
-    load_weight(weight, h, w);
+template <class T, class U, int N>
+__device__ void scale(const Vec<T, N> &x, float rstd, const U *weight, T *y, int64_t h) {
+    const Vec<U, N> w = load_vec<N>(weight + h);
     Vec<T, N> result;
 #pragma unroll
     for (int i = 0; i < N; ++i)
-        narrow(widen(x[i]) * rstd * w[i], &result[i]);
+        narrow(widen(x[i]) * rstd * widen(w[i]), &result[i]);
     store_vec(y + h, result);
 }
 
-// budget: 48 registers, 32 bytes shared
-// claims: LDG.E.128 STG.E.128
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
-    rms_norm_forward_kernel(const T *x, int64_t x_stride, Weight weight, T *y, int64_t y_stride, float *rstd,
+// budget: 80 registers, 32 bytes shared
+// claims: LDG.128 STG.128
+template <class T, class U, int N>
+__global__ void __launch_bounds__(kThreads, 3)
+    rms_norm_forward_kernel(const T *x, int64_t x_stride, const U *weight, T *y, int64_t y_stride, float *rstd,
                             int64_t rows, int64_t cols, float eps) {
     const int64_t step = (int64_t)blockDim.x * N, first = (int64_t)threadIdx.x * N, rest = first + kHeld * step;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -77,27 +63,27 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <class T, int N> __device__ float dot(const Vec<T, N> &dy, const Vec<T, N> &x, Weight weight, int64_t h) {
-    float w[N], total = 0;
-    load_weight(weight, h, w);
+template <class T, class U, int N>
+__device__ float dot(const Vec<T, N> &dy, const Vec<T, N> &x, const U *weight, int64_t h) {
+    const Vec<U, N> w = load_vec<N>(weight + h);
+    float total = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i)
-        total += widen(dy[i]) * w[i] * widen(x[i]);
+        total += widen(dy[i]) * widen(w[i]) * widen(x[i]);
     return total;
 }
 
 // dx = dy * weight * rstd - x * correction (+ residual)
-template <class T, int N>
-__device__ void input_gradient(const Vec<T, N> &dy, const Vec<T, N> &x, Weight weight, float rstd, float correction,
+template <class T, class U, int N>
+__device__ void input_gradient(const Vec<T, N> &dy, const Vec<T, N> &x, const U *weight, float rstd, float correction,
                                const T *residual, T *dx, int64_t h) {
-    float w[N];
-    load_weight(weight, h, w);
+    const Vec<U, N> w = load_vec<N>(weight + h);
     Vec<T, N> added, result;
     if (residual)
         added = load_vec<N>(residual + h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const float g = widen(dy[i]) * w[i] * rstd - widen(x[i]) * correction;
+        const float g = widen(dy[i]) * widen(w[i]) * rstd - widen(x[i]) * correction;
         narrow(residual ? g + widen(added[i]) : g, &result[i]);
     }
     store_vec(dx + h, result);
@@ -106,10 +92,10 @@ __device__ void input_gradient(const Vec<T, N> &dy, const Vec<T, N> &x, Weight w
 // Block g takes the rows g, g + gridDim.x, ... With DWEIGHT a row fits the registers, and partials[g, h] becomes the
 // sum of dy * x * rstd over these rows. dx may be dy or residual: each thread writes only what it alone has read.
 // budget: 128 registers, 32 bytes shared
-// claims: LDG.E.128 STG.E.128
-template <class T, int N, bool DWEIGHT>
-__global__ void __launch_bounds__(kThreads)
-    rms_norm_backward_kernel(const T *dy, int64_t dy_stride, const T *x, int64_t x_stride, Weight weight,
+// claims: LDG.128 STG.128
+template <class T, class U, int N, bool DWEIGHT>
+__global__ void __launch_bounds__(kThreads, 2)
+    rms_norm_backward_kernel(const T *dy, int64_t dy_stride, const T *x, int64_t x_stride, const U *weight,
                              const float *rstd, const T *residual, int64_t residual_stride, T *dx, int64_t dx_stride,
                              float *partials, int64_t rows, int64_t cols) {
     const int64_t step = (int64_t)blockDim.x * N, first = (int64_t)threadIdx.x * N, rest = first + kHeld * step;
@@ -198,9 +184,20 @@ unsigned threads_for(int64_t vectors) {
     return (unsigned)(std::clamp<int64_t>(whole_warps, 32, kThreads));
 }
 
-// f(std::integral_constant<int, N>): N elements at a time where `vectors` says that they are aligned, else one.
-template <class T, class F> int with_vectors(bool aligned, F f) {
-    return aligned ? f(std::integral_constant<int, kVector<T>>{}) : f(std::integral_constant<int, 1>{});
+// f(T{}, U{}, N) for the types of x and of the weight, which is as x or fp32, and the number of elements an access
+// takes: as many as 16 bytes hold where aligned(sizeof(T)) says that all rows allow it, else one.
+template <class Aligned, class F> int with_types(int dtype, int weight_dtype, int64_t cols, Aligned aligned, F f) {
+    return with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        const auto with_weight = [&](auto u) {
+            if (cols % kVector<T> == 0 && aligned((int64_t)sizeof(T)))
+                return f(t, u, std::integral_constant<int, kVector<T>>{});
+            return f(t, u, std::integral_constant<int, 1>{});
+        };
+        if (weight_dtype == dtype)
+            return with_weight(t);
+        return weight_dtype == LT_F32 ? with_weight(float{}) : (int)cudaErrorInvalidValue;
+    });
 }
 
 } // namespace
@@ -212,17 +209,15 @@ extern "C" LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t
     using namespace lt_cuda;
     if (rows == 0)
         return 0;
-    return with_dtype(dtype, [&](auto t) {
+    const auto aligned = [&](int64_t bytes) {
+        return aligned16(x, x_stride * bytes) && aligned16(weight, 0) && aligned16(y, y_stride * bytes);
+    };
+    return with_types(dtype, weight_dtype, cols, aligned, [&](auto t, auto u, auto n) {
         using T = decltype(t);
-        const int64_t bytes = sizeof(T);
-        const bool aligned = cols % kVector<T> == 0 && aligned16(x, x_stride * bytes) && aligned16(weight, 0) &&
-                             aligned16(y, y_stride * bytes);
-        return with_vectors<T>(aligned, [&](auto n) {
-            constexpr int N = decltype(n)::value;
-            return launch(rms_norm_forward_kernel<T, N>, (unsigned)std::min(rows, kMaxGrid), threads_for(cols / N), 0,
-                          stream, (const T *)x, x_stride, Weight{weight, weight_dtype}, (T *)y, y_stride, rstd, rows,
-                          cols, eps);
-        });
+        using U = decltype(u);
+        constexpr int N = decltype(n)::value;
+        return launch(rms_norm_forward_kernel<T, U, N>, (unsigned)std::min(rows, kMaxGrid), threads_for(cols / N), 0,
+                      stream, (const T *)x, x_stride, (const U *)weight, (T *)y, y_stride, rstd, rows, cols, eps);
     });
 }
 
@@ -235,31 +230,30 @@ extern "C" LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64
     if (rows == 0)
         return dweight ? (int)cudaMemsetAsync(dweight, 0, cols * sizeof(float), (cudaStream_t)stream) : 0;
     const int64_t groups = std::min(kMaxGroups, ceil_div(rows, kRowsPerGroup));
-    int status = with_dtype(dtype, [&](auto t) {
+    const auto aligned = [&](int64_t bytes) {
+        return aligned16(dy, dy_stride * bytes) && aligned16(x, x_stride * bytes) && aligned16(weight, 0) &&
+               aligned16(residual, residual_stride * bytes) && aligned16(dx, dx_stride * bytes) &&
+               aligned16(partials, 0);
+    };
+    const int status = with_types(dtype, weight_dtype, cols, aligned, [&](auto t, auto u, auto n) {
         using T = decltype(t);
-        const int64_t bytes = sizeof(T);
-        const bool aligned = cols % kVector<T> == 0 && aligned16(dy, dy_stride * bytes) &&
-                             aligned16(x, x_stride * bytes) && aligned16(weight, 0) &&
-                             aligned16(residual, residual_stride * bytes) && aligned16(dx, dx_stride * bytes) &&
-                             aligned16(partials, 0);
-        return with_vectors<T>(aligned, [&](auto n) {
-            constexpr int N = decltype(n)::value;
-            const unsigned threads = threads_for(cols / N);
-            const auto backward = [&](auto kernel, int64_t blocks) {
-                return launch(kernel, (unsigned)blocks, threads, 0, stream, (const T *)dy, dy_stride, (const T *)x,
-                              x_stride, Weight{weight, weight_dtype}, rstd, (const T *)residual, residual_stride,
-                              (T *)dx, dx_stride, partials, rows, cols);
-            };
-            if (dweight && cols <= (int64_t)kHeld * threads * N)
-                return backward(rms_norm_backward_kernel<T, N, true>, groups);
-            if (dweight) { // before dx is written, as dx may be dy
-                const dim3 grid((unsigned)ceil_div(cols, kThreads), (unsigned)groups);
-                if (int failed = launch(rms_norm_weight_partials_kernel<T>, grid, kThreads, 0, stream, (const T *)dy,
-                                        dy_stride, (const T *)x, x_stride, rstd, partials, rows, cols))
-                    return failed;
-            }
-            return backward(rms_norm_backward_kernel<T, N, false>, std::min(rows, kMaxGrid));
-        });
+        using U = decltype(u);
+        constexpr int N = decltype(n)::value;
+        const unsigned threads = threads_for(cols / N);
+        const auto backward = [&](auto kernel, int64_t blocks) {
+            return launch(kernel, (unsigned)blocks, threads, 0, stream, (const T *)dy, dy_stride, (const T *)x,
+                          x_stride, (const U *)weight, rstd, (const T *)residual, residual_stride, (T *)dx, dx_stride,
+                          partials, rows, cols);
+        };
+        if (dweight && cols <= (int64_t)kHeld * threads * N)
+            return backward(rms_norm_backward_kernel<T, U, N, true>, groups);
+        if (dweight) { // before dx is written, as dx may be dy
+            const dim3 grid((unsigned)ceil_div(cols, kThreads), (unsigned)groups);
+            if (int failed = launch(rms_norm_weight_partials_kernel<T>, grid, kThreads, 0, stream, (const T *)dy,
+                                    dy_stride, (const T *)x, x_stride, rstd, partials, rows, cols))
+                return failed;
+        }
+        return backward(rms_norm_backward_kernel<T, U, N, false>, std::min(rows, kMaxGrid));
     });
     if (status || !dweight)
         return status;

@@ -12,7 +12,7 @@ MAX_GROUPS, ROWS_PER_GROUP = 1024, 8  # kMaxGroups and kRowsPerGroup in cuda.cu
 
 
 def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
-    x, weight = rows(x), weight.contiguous()
+    x, weight = rows(x), _readable(weight, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     with stream(x) as s:
@@ -24,7 +24,7 @@ def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
 
 
 def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False):  # type: ignore[no-untyped-def]
-    dy, x, weight, rstd = rows(dy), rows(x), weight.contiguous(), rstd.contiguous()
+    dy, x, weight, rstd = rows(dy), rows(x), _readable(weight, x), rstd.contiguous()
     residual = None if residual is None else rows(residual)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     dweight = partials = None
@@ -39,3 +39,8 @@ def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False): 
             address(dweight), address(partials), x.shape[0], x.shape[1], s,
         )  # fmt: skip
     return dx, dweight
+
+
+def _readable(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The weight as the kernels read it: contiguous, of x's dtype or fp32."""
+    return (weight if weight.dtype == x.dtype else weight.float()).contiguous()
