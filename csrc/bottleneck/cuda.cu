@@ -3,6 +3,7 @@
 // second product, and streams the columns of y, each written once. The backward pass forms them again; h and dz [rows,
 // rank], small beside x, then go to memory for the gradients of the weights (csrc/low_rank/cuda.cu: partials and
 // reduce).
+#include "../common/cuda_activation.cuh"
 #include "../common/cuda_tile.cuh"
 
 namespace lt_cuda {
@@ -25,26 +26,14 @@ template <class T> struct Shape {
 };
 constexpr int kOutStages = 3; // of the second product's pipeline, which reuses the memory of the first
 
-struct Activated {
-    float value, slope;
-};
-
-__device__ inline Activated activate(int activation, float z) {
+__device__ inline ValueSlope activate(int activation, float z) {
     if (activation == LT_LINEAR)
         return {z, 1.0f};
     if (activation == LT_RELU) // NaN stays; the slope at 0 is 0, as in PyTorch
         return {z <= 0.0f ? 0.0f : z, z <= 0.0f ? 0.0f : 1.0f};
-    if (activation == LT_GELU) {
-        const float phi = 0.5f * erfcf(z * -0.70710678f);
-        return {z * phi, phi + z * expf(-0.5f * z * z) * 0.39894228f};
-    }
-    float u = z, slope = 1.0f;
-    if (activation == LT_GELU_TANH) { // (1 + tanh(v)) / 2 = 1 / (1 + e^-2v)
-        u = z * (1.5957691f + 0.071354816f * z * z);
-        slope = 1.5957691f + 0.21406445f * z * z;
-    }
-    const float s = 1.0f / (1.0f + expf(-u));
-    return {z * s, s + z * s * (1.0f - s) * slope};
+    ValueSlope result;
+    with_activation(activation, [&](auto f) { result = f(z); });
+    return result;
 }
 
 // A warp's 16 x 32 part of the block's 64 x 64.
@@ -239,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int l = 0; l < 2; ++l) {
                 const bool there = r + n + l < rank;
                 const float bias = down_bias && there ? down_bias[r + n + l] : 0.0f;
-                const Activated a = activate(activation, z[0][j][i + l] + bias);
+                const ValueSlope a = activate(activation, z[0][j][i + l] + bias);
                 dz[l] = scale * dh[0][j][i + l] * a.slope;
                 if (there && row + m < rows) {
                     h_out[(row + m) * rank + r + n + l] = a.value;

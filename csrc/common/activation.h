@@ -18,37 +18,32 @@ LT_INLINE vf vreciprocal(vf x) {
 #endif
 }
 
-// e^-z for z >= 0, as vexp; exactly 0 from z = 88 on. NaN stays NaN.
-LT_INLINE vf vexp_minus(vf z) {
-    const vf limit = splat(88.1f); // n = -127, whose power of two has the bits of 0
-    const vf y = z > limit ? limit : z;
-    const vf magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-    const vf shifted = magic - y * 1.44269504088896341f;
-    const vf n = shifted - magic;
-    vf f = -y - n * 0.693359375f;
-    f = f + n * 2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * (f * f) + f + 1.0f;
-    const vi exponent = (vi)(as_bits(shifted) - as_bits(magic)); // in [-127, 0]
-    return p * (vf)((exponent + 127) << 23);
-}
-
 LT_INLINE vf vabs(vf x) { return (vf)(as_bits(x) & 0x7fffffffu); }
+
+// 2^(-factor * z) for z >= 0 and factor * z <= 127.4, from where on the result is 0. NaN stays NaN. A minimax
+// polynomial of relative error 1e-7 for the fraction; the product's own rounding adds factor * z times 2^-24.
+LT_INLINE vf vexp2_minus(vf z, float factor) {
+    const vf magic = splat(12583039.0f); // 1.5 * 2^23 + 127: adding it rounds to an integer, biased as an exponent
+    const vf shifted = magic - z * factor;
+    const vf f = (magic - shifted) - z * factor;
+    vf p = splat(1.326472731307149e-3f);
+    p = p * f + 9.671512991189957e-3f;
+    p = p * f + 5.550733581185341e-2f;
+    p = p * f + 2.4022242426872253e-1f;
+    p = p * f + 6.931470036506653e-1f;
+    p = p * f + 1.0f;
+    return p * (vf)(as_bits(shifted) << 23);
+}
 
 // s(z) = 1 / (1 + e^-z), and its complement 1 - s.
 struct share {
     vf s, rest;
 };
 LT_INLINE share logistic(vf z) {
-    const vf e = vexp_minus(vabs(z));
-    const vf r = vreciprocal(1.0f + e);
+    const vf limit = splat(88.3f), size = vabs(z);
+    const vf e = vexp2_minus(limit < size ? limit : size, 1.44269504088896341f);
+    const vf r = vreciprocal(1.0f + e), small = e * r;
     const vi positive = z > 0.0f;
-    const vf small = e * r;
     return {positive ? r : small, positive ? small : r};
 }
 
@@ -58,10 +53,9 @@ struct normal {
     vf phi, gauss;
 };
 LT_INLINE normal normal_distribution(vf x) {
-    const vf limit = splat(13.28f);
-    const vf size = vabs(x);
-    const vf a = size > limit ? limit : size;
-    const vf gauss = vexp_minus(a * a * 0.5f);
+    const vf limit = splat(13.285f), size = vabs(x);
+    const vf a = limit < size ? limit : size;
+    const vf gauss = vexp2_minus(a * a, 0.7213475204444817f);
     const vf t = vreciprocal(a * 0.34f + 1.0f), u = t - 0.5f;
     vf p = splat(-0.026471851f);
     p = p * u + 0.03526252f;

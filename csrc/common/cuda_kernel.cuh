@@ -55,6 +55,21 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared_by
 #endif
 }
 
+// Shared memory that a block of the current device may ask for, or 48 KiB where the device cannot say.
+inline int64_t max_shared_bytes() {
+#if defined(LT_CUDA_HOST)
+    return 163 << 10;
+#else
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 48 << 10;
+    }
+    return bytes;
+#endif
+}
+
 template <class A, class B> __host__ __device__ constexpr A ceil_div(A a, B b) { return (a + b - 1) / b; }
 
 // f(T{}) for the storage type T that `dtype` names, or cudaErrorInvalidValue.

@@ -97,6 +97,99 @@ void second_sweep(float *x, int64_t cols, int64_t block, const row_statistics *r
     }
 }
 
+// Sums of a row for distillation, relative to the maxima of the student's logits x and the teacher's z: of exp(x -
+// max), exp((x - max) / T), e = exp((z - max) / T), and e (z - x) / T.
+struct pair_statistics {
+    float x_max, z_max;
+    double hard, soft, teacher, gap;
+
+    void raise(float x, float z, double inverse) {
+        if (x > x_max) {
+            hard *= __builtin_exp((double)x_max - x);
+            soft *= __builtin_exp(((double)x_max - x) * inverse);
+            x_max = x;
+        }
+        if (z > z_max) {
+            const double factor = __builtin_exp(((double)z_max - z) * inverse);
+            teacher *= factor;
+            gap *= factor;
+            z_max = z;
+        }
+    }
+};
+
+template <class Z> float block_maximum_of(const Z *z, int64_t n) {
+    vf best = splat(kLowest);
+    int64_t i = 0;
+    for (; i + W <= n; i += W)
+        best = vmax(load(z + i), best);
+    float result = largest(best);
+    for (; i < n; ++i)
+        result = widen(z[i]) > result ? widen(z[i]) : result;
+    return result;
+}
+
+// A vector whose lanes from n on are -infinity, which counts for nothing in any of the sums.
+template <class T> vf load_masked(const T *p, int64_t n) {
+    vf v = load_part(p, n);
+    for (int64_t lane = n; lane < W; ++lane)
+        v[lane] = -__builtin_inff();
+    return v;
+}
+
+template <class Z>
+void pair_sweep(const float *x, const Z *z, int64_t cols, float inverse, bool hard, pair_statistics *row) {
+    *row = {kLowest, kLowest, 0, 0, 0, 0};
+    for (int64_t begin = 0; begin < cols; begin += kBlock) {
+        const int64_t n = cols - begin < kBlock ? cols - begin : kBlock;
+        row->raise(block_maximum(x + begin, n), block_maximum_of(z + begin, n), inverse);
+        vf hard_sum = {}, soft_sum = {}, teacher_sum = {}, gap_sum = {};
+        for (int64_t i = 0; i < n; i += W) {
+            const bool whole = i + W <= n;
+            const vf u = whole ? load(x + begin + i) : load_masked(x + begin + i, n - i);
+            const vf v = whole ? load(z + begin + i) : load_masked(z + begin + i, n - i);
+            if (hard)
+                hard_sum += vexp(u - row->x_max);
+            soft_sum += vexp((u - row->x_max) * inverse);
+            const vf e = vexp((v - row->z_max) * inverse);
+            teacher_sum += e;
+            gap_sum += select(e == 0, vf{}, e * ((v - u) * inverse));
+        }
+        row->hard += sum(hard_sum);
+        row->soft += sum(soft_sum);
+        row->teacher += sum(teacher_sum);
+        row->gap += sum(gap_sum);
+    }
+}
+
+// x becomes hard exp(x - max) + soft exp((x - max) / T) - teacher exp((z - max) / T).
+template <class Z>
+void pair_gradient(float *x, const Z *z, int64_t cols, float inverse, const pair_statistics *row, float hard,
+                   float soft, float teacher) {
+    for (int64_t i = 0; i < cols; i += W) {
+        const int64_t n = cols - i < W ? cols - i : W;
+        const vf u = n == W ? load(x + i) : load_masked(x + i, n);
+        const vf v = n == W ? load(z + i) : load_masked(z + i, n);
+        vf g = vexp((u - row->x_max) * inverse) * soft - vexp((v - row->z_max) * inverse) * teacher;
+        if (hard != 0)
+            g += vexp(u - row->x_max) * hard;
+        if (n == W)
+            store(x + i, g);
+        else
+            store_part(x + i, g, n);
+    }
+}
+
+int check_targets(const char *name, const int64_t *targets, int64_t rows, int64_t cols) {
+    for (int64_t t = 0; t < rows; ++t)
+        if (targets[t] < 0 || targets[t] >= cols)
+            return lt::fail(LT_INVALID, "%s: targets[%lld] = %lld is outside [0, %lld)", name, (long long)t,
+                            (long long)targets[t], (long long)cols);
+    return LT_OK;
+}
+
+int64_t rows_per_chunk(int64_t cols) { return cols > 0 && cols < kElementsPerChunk ? kElementsPerChunk / cols : 1; }
+
 } // namespace
 } // namespace LT_ISA
 } // namespace lt
@@ -106,14 +199,11 @@ LT_DEFINE(cross_entropy_rows,
            float label_smoothing, float z_loss, int need_gradient, double *losses, int64_t rows, int64_t cols),
           (logits, stride, targets, row_scale, scale, label_smoothing, z_loss, need_gradient, losses, rows, cols)) {
     using namespace lt::LT_ISA;
-    for (int64_t t = 0; t < rows; ++t)
-        if (targets[t] < 0 || targets[t] >= cols)
-            return lt::fail(LT_INVALID, "cross_entropy_rows: targets[%lld] = %lld is outside [0, %lld)", (long long)t,
-                            (long long)targets[t], (long long)cols);
+    if (int status = check_targets("cross_entropy_rows", targets, rows, cols))
+        return status;
     const int64_t per_block = (cols + kMaxBlocks - 1) / kMaxBlocks;
     const int64_t block = (per_block + kBlock - 1) / kBlock * kBlock;
-    const int64_t grain = cols > 0 && cols < kElementsPerChunk ? kElementsPerChunk / cols : 1;
-    parallel_for(rows, grain, [&](int64_t begin, int64_t end, int) {
+    parallel_for(rows, rows_per_chunk(cols), [&](int64_t begin, int64_t end, int) {
         for (int64_t t = begin; t < end; ++t) {
             float *x = logits + t * stride;
             const double target_logit = x[targets[t]];
@@ -136,4 +226,45 @@ LT_DEFINE(cross_entropy_rows,
         }
     });
     return LT_OK;
+}
+
+LT_DEFINE(distillation_rows,
+          (float *logits, int64_t stride, int teacher_dtype, const void *teacher, int64_t teacher_stride,
+           const int64_t *targets, const float *row_scale, float scale, float alpha, float temperature,
+           int need_gradient, double *losses, int64_t rows, int64_t cols),
+          (logits, stride, teacher_dtype, teacher, teacher_stride, targets, row_scale, scale, alpha, temperature,
+           need_gradient, losses, rows, cols)) {
+    using namespace lt::LT_ISA;
+    const double hard = 1.0 - alpha, soft = (double)alpha * temperature;
+    if (hard != 0)
+        if (int status = check_targets("distillation_rows", targets, rows, cols))
+            return status;
+    const bool alike = temperature == 1; // both losses have the same exponentials
+    const double inverse = 1.0 / temperature;
+    return with_dtype(teacher_dtype, "teacher", [&](auto z_type) {
+        typedef decltype(z_type) Z;
+        parallel_for(rows, rows_per_chunk(cols), [&](int64_t begin, int64_t end, int) {
+            for (int64_t t = begin; t < end; ++t) {
+                float *x = logits + t * stride;
+                const Z *z = static_cast<const Z *>(teacher) + t * teacher_stride;
+                pair_statistics row;
+                pair_sweep(x, z, cols, (float)inverse, hard != 0 && !alike, &row);
+                const double hard_sum = alike ? row.soft : row.hard;
+                const double divergence = row.gap / row.teacher + (row.x_max - (double)row.z_max) * inverse +
+                                          __builtin_log(row.soft) - __builtin_log(row.teacher);
+                losses[t] = soft * temperature * divergence;
+                if (hard != 0)
+                    losses[t] += hard * (row.x_max + __builtin_log(hard_sum) - x[targets[t]]);
+                if (!need_gradient)
+                    continue;
+                const double mine = (double)scale * (row_scale ? row_scale[t] : 1.0f);
+                const double of_soft = mine * soft / row.soft, of_hard = hard != 0 ? mine * hard / hard_sum : 0;
+                pair_gradient(x, z, cols, (float)inverse, &row, (float)(alike ? 0 : of_hard),
+                              (float)(alike ? of_soft + of_hard : of_soft), (float)(mine * soft / row.teacher));
+                if (hard != 0)
+                    x[targets[t]] -= (float)(mine * hard);
+            }
+        });
+        return (int)LT_OK;
+    });
 }

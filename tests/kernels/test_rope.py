@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from leantune_kernels import rope
 from leantune_kernels.rope.cases import tables
@@ -53,6 +55,67 @@ def test_matches_rotate_half_of_hugging_face():
     torch.testing.assert_close(y, x * full_cos + rotated * full_sin, rtol=0, atol=1e-6)
 
 
+def test_interleaved_matches_rotate_every_two_of_gpt_j():
+    x = torch.randn(5, 2, 14)
+    cos, sin = tables(8, 6)
+    positions = torch.tensor([0, 1, 2, 0, 7])
+    turned = x[..., :12]
+    swapped = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+    full_cos, full_sin = (t[positions][:, None].repeat_interleave(2, dim=-1) for t in (cos, sin))
+    y = rope.rope(x, cos, sin, positions, interleaved=True)
+    torch.testing.assert_close(y[..., :12], turned * full_cos + swapped * full_sin, rtol=0, atol=1e-6)
+    assert torch.equal(y[..., 12:], x[..., 12:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    heads=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    half=st.integers(0, 40),
+    rest=st.integers(0, 5),
+    interleaved=st.booleans(),
+    inverse=st.booleans(),
+)
+def test_q_and_k_of_any_shape_in_one_launch(tokens, heads, kv_heads, half, rest, interleaved, inverse):
+    """Heads lie apart; what lies between them, and past the rotated columns, keeps its bits."""
+    head_dim = 2 * half + rest
+    cos, sin = tables(9, half)
+    positions = torch.randint(9, (tokens,))
+    buffers = [torch.randn(tokens, n, head_dim + 3) for n in (heads, kv_heads)]
+    before = [b.clone() for b in buffers]
+    q, k = (b[..., :head_dim] for b in buffers)
+    assert rope.apply_(q, cos, sin, positions, inverse, interleaved, k) is q
+    sign = -1 if inverse else 1
+    for now, old in zip(buffers, before, strict=True):
+        wanted = plain(old[..., :head_dim].double(), cos.double(), sign * sin.double(), positions, interleaved)
+        torch.testing.assert_close(now[..., :head_dim].double(), wanted, rtol=0, atol=2e-6)
+        assert torch.equal(now[..., 2 * half :], old[..., 2 * half :])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_of_q_and_k_together_are_those_of_each_alone(interleaved):
+    q, k = (torch.randn(6, n, 10, requires_grad=True) for n in (3, 1))
+    cos, sin = tables(6, 5)
+    arguments = (cos, sin, torch.arange(6), interleaved)
+    outputs = rope.rope_qk(q, k, *arguments)
+    upstream = [torch.randn_like(o) for o in outputs]
+    together = torch.autograd.grad(outputs, (q, k), upstream)
+    for x, y, dy, dx in zip((q, k), outputs, upstream, together, strict=True):
+        alone = rope.rope(x, *arguments)
+        assert torch.equal(alone, y)
+        assert torch.equal(torch.autograd.grad(alone, x, dy)[0], dx)
+
+
+def test_only_one_of_q_and_k_needs_a_gradient():
+    q, k = torch.randn(4, 2, 8, requires_grad=True), torch.randn(4, 1, 8)
+    cos, sin = tables(4, 4)
+    rotated, _ = rope.rope_qk(q, k, cos, sin, torch.arange(4))
+    (dq,) = torch.autograd.grad(rotated.sum(), q)
+    (alone,) = torch.autograd.grad(rope.rope(q, cos, sin, torch.arange(4)).sum(), q)
+    assert torch.equal(dq, alone)
+
+
 def test_a_gradient_used_twice():
     x = torch.randn(4, 2, 8, requires_grad=True)
     cos, sin = tables(4, 4)
@@ -77,5 +140,7 @@ def test_errors_name_the_argument():
         rope.rope(x, cos, sin.half(), positions)
     with pytest.raises(ValueError, match="cos is .* on meta; it must be .* on cpu"):
         rope.rope(x, cos.to("meta"), sin, positions)
+    with pytest.raises(ValueError, match=r"k is torch\.float16 .* must be torch\.float32 \(3, 1, 8\)"):
+        rope.rope_qk(x, torch.zeros(3, 1, 8, dtype=torch.float16), cos, sin, positions)
     with pytest.raises(ValueError, match="last dimension contiguous"):
         rope.apply_(torch.randn(3, 8, 2).transpose(1, 2), cos, sin, positions)

@@ -1,4 +1,4 @@
-"""Cross-entropy of hidden @ weight^T (+ bias) without its logits: [N, V] never exists, nor does its gradient.
+"""Cross-entropy and distillation of hidden @ weight^T (+ bias): neither the logits [N, V] nor their gradient exist.
 
 After Cut Cross-Entropy (arXiv:2411.09009) and Liger Kernel (arXiv:2410.10989): rows without a label are left
 out first, the others pass in chunks through one buffer of logits, whose gradient takes their place and is
@@ -12,15 +12,12 @@ log(sum(exp(x))): loss = lse - (1 - label_smoothing) * x[target] - label_smoothi
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from leantune_kernels.dispatch import Op
 from leantune_kernels.linear_cross_entropy import chunked
-from leantune_kernels.linear_cross_entropy.chunked import LossAndGradients, Settings
+from leantune_kernels.linear_cross_entropy.chunked import OP, LossAndGradients, Settings
+from leantune_kernels.linear_cross_entropy.targets import Labels, SoftLabels, Teacher
 
-__all__ = ["OP", "LossAndGradients", "forward", "linear_cross_entropy"]
-
-OP = Op(__name__)
+__all__ = ["OP", "LossAndGradients", "forward", "linear_cross_entropy", "linear_distillation"]
 
 
 def linear_cross_entropy(
@@ -47,14 +44,38 @@ def linear_cross_entropy(
     (in the workspace, too). Raises ValueError for shapes that do not fit and for the first target that is neither
     `ignore_index` nor in [0, V).
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction={reduction!r} is none of "mean", "sum", "none"')
-    settings = Settings(ignore_index, label_smoothing, z_loss, chunk_rows, workspace)
-    function = _PerRow if reduction == "none" else _Reduced
-    if not torch.is_grad_enabled():
-        hidden, weight = hidden.detach(), weight.detach()
-        bias = None if bias is None else bias.detach()
-    return function.apply(hidden, weight, bias, targets, settings, reduction == "mean")
+    labels = Labels(targets, ignore_index, label_smoothing, z_loss)
+    return chunked.loss(hidden, weight, bias, Settings(labels, chunk_rows, workspace), reduction)
+
+
+def linear_distillation(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher: Teacher,
+    targets: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    probabilities: bool = False,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_rows: int = 256,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Loss of `hidden` [N, H] under the head `weight` [V, H] and `bias` [V] against a teacher, and labels where given.
+
+    After Hinton, Vinyals and Dean (2015, arXiv:1503.02531). A row's loss, with x its logits, z the teacher's and T the
+    temperature, is alpha * T^2 * KL(softmax(z / T) || softmax(x / T)) + (1 - alpha) * (lse - x[target]). `teacher` is
+    one of: logits [N, V]; with `probabilities`, the distributions [N, V] themselves, already at the temperature (rows
+    are brought to sum 1); a pair (its hidden states [N, K], its head [V, K]), whose logits exist a chunk at a time like
+    the student's. float32, bfloat16 or float16; it gets no gradient, and its chunk takes another chunk_rows * V
+    elements. `targets` [N] int64 are the labels, and rows of `ignore_index` are left out altogether; None, which takes
+    all rows, needs alpha=1. The other arguments, the result, its gradients and errors are those of
+    linear_cross_entropy; ValueError also for an alpha outside [0, 1] and a temperature that is not positive.
+    """
+    soft = SoftLabels(teacher, probabilities, targets, ignore_index, alpha, temperature)
+    return chunked.loss(hidden, weight, bias, Settings(soft, chunk_rows, workspace), reduction)
 
 
 def forward(
@@ -78,53 +99,6 @@ def forward(
     dbias [V] are fp32; dbias comes with dweight where there is a bias. What was not asked for is None. `workspace`
     is as in linear_cross_entropy; its contents are lost.
     """
-    settings = Settings(ignore_index, label_smoothing, z_loss, chunk_rows, workspace)
+    settings = Settings(Labels(targets, ignore_index, label_smoothing, z_loss), chunk_rows, workspace)
     needs = (need_dhidden, need_dweight, need_dweight and bias is not None)
-    return _run(hidden, weight, bias, targets, settings, grad_scale, None, needs)[0]
-
-
-def _run(hidden, weight, bias, targets, settings, grad_scale, row_scale, needs):  # type: ignore[no-untyped-def]
-    rows = OP.pick(hidden).cross_entropy_rows
-    return chunked.run(rows, hidden, weight, bias, targets, settings, grad_scale, row_scale, needs)
-
-
-class _Reduced(torch.autograd.Function):
-    """Sum or mean: the forward pass leaves finished gradients, the backward pass scales them."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, settings, mean):  # type: ignore[no-untyped-def]
-        scale = 1.0 / max(1, int((targets != settings.ignore_index).sum())) if mean else 1.0
-        needs = ctx.needs_input_grad[:3]
-        result, _ = _run(hidden, weight, bias, targets, settings, scale, None, needs)
-        ctx.save_for_backward(result.dhidden, result.dweight, result.dbias)
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        return result.loss_sum * scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        scale = float(upstream)
-        # The saved gradients stay as they are: a graph that is kept may ask for them again.
-        grads = (g if g is None or scale == 1.0 else g * scale for g in ctx.saved_tensors)
-        cast = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return (*cast, None, None, None)
-
-
-class _PerRow(torch.autograd.Function):
-    """One loss a row: each row has its own upstream gradient, so the backward pass makes the logits again."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, settings, mean):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.settings = settings
-        return _run(hidden, weight, bias, targets, settings, 1.0, None, (False, False, False))[1].float()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        hidden, weight, bias, targets = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        result, _ = _run(hidden, weight, bias, targets, ctx.settings, 1.0, upstream.float().contiguous(), needs)
-        grads = (result.dhidden, result.dweight, result.dbias)
-        cast = (None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True))
-        return (*cast, None, None, None)
+    return chunked.run(hidden, weight, bias, settings, grad_scale, None, needs)[0]

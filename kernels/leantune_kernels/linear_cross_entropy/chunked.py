@@ -1,18 +1,25 @@
-"""The chunk loop of linear_cross_entropy: dense products around an implementation's `cross_entropy_rows`.
+"""The chunk loop of linear_cross_entropy: dense products around an implementation's elementwise part.
 
-The loop is the same on every device; implementations differ in the elementwise part between the products.
+The loop is the same on every device and for every kind of target; implementations differ in what happens between
+the products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from leantune_kernels.checks import FLOATS, expect, expect_dims
+from leantune_kernels.dispatch import Op
+from leantune_kernels.linear_cross_entropy.targets import Labels, SoftLabels
+
+OP = Op(__name__.rpartition(".")[0])
 
 VOCABULARY_BLOCK = 8192  # rows of a half-precision head that are in fp32 at a time
 
@@ -27,27 +34,30 @@ class LossAndGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
+    against: Labels | SoftLabels
     chunk_rows: int
     workspace: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing={self.label_smoothing} is outside [0, 1]")
         if self.chunk_rows < 1:
             raise ValueError(f"chunk_rows={self.chunk_rows} must be at least 1; 256 is the default")
 
 
-def check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    ignore_index: int,
-) -> None:
-    """ValueError that names the argument which does not fit, or the first target without a meaning."""
+def loss(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings, reduction: str
+) -> torch.Tensor:
+    """The differentiable loss: a scalar for "mean" and "sum", [N] for "none"."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction={reduction!r} is none of "mean", "sum", "none"')
+    function = _PerRow if reduction == "none" else _Reduced
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    return function.apply(hidden, weight, bias, settings, reduction == "mean")
+
+
+def check(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """ValueError that names the argument which does not fit."""
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be [N, H], use hidden.flatten(0, -2)")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
@@ -60,35 +70,23 @@ def check(
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is not None and value.dtype not in FLOATS:
             raise ValueError(f"{name} has dtype {value.dtype}; use float32, bfloat16 or float16")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets is {targets.dtype} of shape {tuple(targets.shape)}; hidden {tuple(hidden.shape)} "
-            f"needs torch.int64 of shape [{hidden.shape[0]}]"
-        )
-    wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"targets[{row}]={int(targets[row])} is neither ignore_index={ignore_index} nor a row of weight, "
-            f"[0, {weight.shape[0]})"
-        )
 
 
 def run(
-    cross_entropy_rows: Callable[..., torch.Tensor],
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    targets: torch.Tensor,
     settings: Settings,
     grad_scale: float,
     row_scale: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[LossAndGradients, torch.Tensor]:
     """Loss, the gradients of sum_t(grad_scale * row_scale[t] * loss[t]) in `needs`, and losses [N] fp64."""
-    check(hidden, weight, bias, targets, settings.ignore_index)
+    check(hidden, weight, bias)
+    settings.against.check(hidden, weight)
+    kernels: ModuleType = OP.pick(hidden)
     need_dhidden, need_dweight, need_dbias = needs
-    labelled = (targets != settings.ignore_index).nonzero().squeeze(1)
+    labelled = settings.against.counted(hidden.shape[0]).nonzero().squeeze(1)
     count = labelled.numel()
     zeros = partial(torch.zeros, device=hidden.device, dtype=torch.float32)
     head = Head(weight, bias)
@@ -101,16 +99,15 @@ def run(
         rows = labelled[begin : begin + settings.chunk_rows]
         x = hidden.detach().index_select(0, rows).float()
         logits = head.logits(x, buffer[: rows.numel()])
-        losses[rows] = cross_entropy_rows(
-            logits=logits,
-            targets=targets.index_select(0, rows),
+        losses[rows] = settings.against.losses(
+            kernels,
+            logits,
+            rows,
             row_scale=None if row_scale is None else row_scale.index_select(0, rows),
             scale=grad_scale,
-            label_smoothing=settings.label_smoothing,
-            z_loss=settings.z_loss,
             need_gradient=any(needs),
         )
-        dlogits = logits  # the same memory: cross_entropy_rows has put the gradient there
+        dlogits = logits  # the same memory: the kernel has put the gradient there
         if dweight is not None:  # summed over the chunks in fp32, whatever the weight is stored in
             dweight.addmm_(dlogits.t(), x)
         if dbias is not None:
@@ -124,8 +121,8 @@ def logits_buffer(settings: Settings, hidden: torch.Tensor, weight: torch.Tensor
     """Memory for the logits of a chunk: the caller's workspace, or new where there is none. Raises ValueError."""
     vocabulary, given = weight.shape[0], settings.workspace
     if given is None:
-        rows = min(settings.chunk_rows, labelled)
-        return torch.empty(rows, vocabulary, device=hidden.device, dtype=torch.float32)
+        rows, aligned = min(settings.chunk_rows, labelled), -(-vocabulary // 4) * 4  # rows begin at whole 16 bytes
+        return torch.empty(rows, aligned, device=hidden.device, dtype=torch.float32)[:, :vocabulary]
     rows = min(settings.chunk_rows, hidden.shape[0])
     expect_dims("workspace", given, "chunk_rows", "V")
     expect("workspace", given, (max(rows, given.shape[0]), vocabulary), torch.float32, hidden.device, written=True)
@@ -168,3 +165,45 @@ class Head:
         for columns, weight in self.blocks():
             out.addmm_(dlogits[:, columns], weight, beta=0 if columns.start == 0 else 1)
         return out
+
+
+class _Reduced(torch.autograd.Function):
+    """Sum or mean: the forward pass leaves finished gradients, the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, settings, mean):  # type: ignore[no-untyped-def]
+        scale = 1.0 / max(1, int(settings.against.counted(hidden.shape[0]).sum())) if mean else 1.0
+        result, _ = run(hidden, weight, bias, settings, scale, None, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(result.dhidden, result.dweight, result.dbias)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        return result.loss_sum * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        # The saved gradients stay as they are: a graph that is kept may ask for them again. On a device the upstream
+        # gradient is not read back, which would wait for all that was launched before.
+        one = upstream.device.type == "cpu" and float(upstream) == 1.0
+        grads = (g if g is None or one else g * upstream for g in ctx.saved_tensors)
+        cast = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return (*cast, None, None)
+
+
+class _PerRow(torch.autograd.Function):
+    """One loss a row: each row has its own upstream gradient, so the backward pass makes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, settings, mean):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.settings = settings
+        return run(hidden, weight, bias, settings, 1.0, None, (False, False, False))[1].float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        hidden, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        result, _ = run(hidden, weight, bias, ctx.settings, 1.0, upstream.float().contiguous(), needs)
+        grads = (result.dhidden, result.dweight, result.dbias)
+        cast = (None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True))
+        return (*cast, None, None)

@@ -47,3 +47,51 @@ def cross_entropy_rows(  # type: ignore[no-untyped-def]
         logits.scatter_add_(1, target, torch.full_like(lse, label_smoothing - 1))
         logits.mul_(scale if row_scale is None else scale * row_scale[:, None])
     return losses.squeeze(1).double()
+
+
+def plain_distillation(  # type: ignore[no-untyped-def]
+    hidden,
+    weight,
+    teacher,
+    targets=None,
+    *,
+    bias=None,
+    probabilities=False,
+    alpha=0.5,
+    temperature=1.0,
+    ignore_index=-100,
+    reduction="mean",
+    chunk_rows=0,
+):
+    logits = F.linear(hidden, weight, bias)
+    if isinstance(teacher, tuple):
+        teacher = F.linear(*(t.to(hidden.dtype) for t in teacher))
+    wanted = teacher / teacher.sum(-1, keepdim=True) if probabilities else (teacher / temperature).softmax(-1)
+    divergence = F.kl_div((logits / temperature).log_softmax(-1), wanted, reduction="none").sum(-1)
+    losses = alpha * temperature**2 * divergence
+    counted = torch.ones_like(losses, dtype=torch.bool) if targets is None else targets != ignore_index
+    if targets is not None:
+        hard = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+        losses = torch.where(counted, losses + (1 - alpha) * hard, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (max(1, int(counted.sum())) if reduction == "mean" else 1)
+
+
+def distillation_rows(  # type: ignore[no-untyped-def]
+    *, logits, teacher, targets, alpha, temperature, row_scale, scale, need_gradient
+):
+    """As cross_entropy_rows, against the logits `teacher` [R, V] and, where alpha < 1, targets [R]."""
+    x, z = logits / temperature, teacher.float() / temperature
+    log_q, log_p = x.log_softmax(-1), z.log_softmax(-1)
+    p = log_p.exp()
+    losses = alpha * temperature**2 * torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)
+    gradient = alpha * temperature * (log_q.exp() - p)
+    if alpha < 1:
+        log_q = logits.log_softmax(-1)
+        losses = losses - (1 - alpha) * log_q.gather(1, targets[:, None]).squeeze(1)
+        gradient += (1 - alpha) * log_q.exp()
+        gradient.scatter_add_(1, targets[:, None], torch.full_like(log_q[:, :1], alpha - 1))
+    if need_gradient:
+        logits.copy_(gradient.mul_(scale if row_scale is None else scale * row_scale[:, None]))
+    return losses.double()

@@ -1,7 +1,8 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), pairs as in Hugging Face Llama (rotate-half).
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864): half or interleaved pairs, partial, q and k at once.
 
 Shapes: T tokens, n heads, D head size, R <= D rotated columns, P positions in the tables. x [T, n, D];
-cos, sin [P, R/2] fp32; positions [T] int64. Column i < R/2 of a head pairs with column i + R/2.
+cos, sin [P, R/2] fp32; positions [T] int64. Pair i < R/2 of a head is columns i and i + R/2 (rotate-half, as in
+Hugging Face Llama), or 2i and 2i + 1 where interleaved (as in the paper and in GPT-J); columns from R on stay.
 """
 
 from __future__ import annotations
@@ -14,33 +15,61 @@ from leantune_kernels.dispatch import Op
 OP = Op(__name__)
 
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool = False
+) -> torch.Tensor:
     """`x` [T, n, D] with its first R columns rotated by the angles at `positions` [T], differentiable in x.
 
     x: float32, bfloat16 or float16, any strides; the result is contiguous. cos, sin: [P, R/2] float32.
-    Raises ValueError for shapes that do not fit and for positions outside [0, P).
+    Raises ValueError for shapes that do not fit and, on the cpu, for positions outside [0, P); on a device, which
+    would have to be waited for, such a token's rotated columns become NaN.
     """
-    return _Rope.apply(x, cos, sin, positions)
+    return _Rope.apply(cos, sin, positions, interleaved, x)[0]
+
+
+def rope_qk(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rope` of `q` [T, Hq, D] and `k` [T, Hk, D], each of its own strides, in one launch forward and one backward."""
+    rotated_q, rotated_k = _Rope.apply(cos, sin, positions, interleaved, q, k)
+    return rotated_q, rotated_k
 
 
 def apply_(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool = False
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    inverse: bool = False,
+    interleaved: bool = False,
+    k: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotates `x` [T, n, D] in place and returns it; `inverse` rotates back, which is the backward pass.
+    """Rotates `x` [T, n, D] in place, and `k` [T, Hk, D] with it where given; returns x.
 
-    x may be a view with any token and head strides; its last dimension must be contiguous.
+    `inverse` rotates back, which is the backward pass. x and k may be views with any token and head strides; their
+    last dimension must be contiguous. Errors are those of `rope`.
     """
-    _check(x, cos, sin, positions)
-    OP.pick(x).apply_(x, cos, sin, positions, inverse)
+    _check(x, k, cos, sin, positions)
+    OP.pick(x).apply_(x, k, cos, sin, positions, inverse, interleaved)
     return x
 
 
-def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
-    if x.dim() != 3 or (x.shape[-1] > 1 and x.stride(-1) != 1):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and strides {x.stride()}; it must be [tokens, heads, head_dim] "
-            "with its last dimension contiguous"
-        )
+def _check(
+    x: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> None:
+    for name, heads in (("x", x), ("k", k)):
+        if heads is not None and (heads.dim() != 3 or (heads.shape[-1] > 1 and heads.stride(-1) != 1)):
+            raise ValueError(
+                f"{name} has shape {tuple(heads.shape)} and strides {heads.stride()}; it must be "
+                "[tokens, heads, head_dim] with its last dimension contiguous"
+            )
+    if k is not None:
+        expect("k", k, (x.shape[0], k.shape[1], x.shape[2]), x.dtype, x.device)
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[2]:
         raise ValueError(
             f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; both must be "
@@ -49,7 +78,7 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: tor
     for name, table in (("cos", cos), ("sin", sin)):
         expect(name, table, cos.shape, torch.float32, x.device)
     expect("positions", positions, x.shape[:1], torch.int64, x.device)
-    if positions.numel():
+    if positions.numel() and positions.device.type == "cpu":
         low, high = (int(v) for v in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(
@@ -60,12 +89,19 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: tor
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, positions):  # type: ignore[no-untyped-def]
+    def forward(ctx, cos, sin, positions, interleaved, *heads):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin, positions)
-        return apply_(x.clone(memory_format=torch.contiguous_format), cos, sin, positions)
+        ctx.interleaved = interleaved
+        return _rotated(heads, cos, sin, positions, False, interleaved)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         cos, sin, positions = ctx.saved_tensors
-        dx = dy.clone(memory_format=torch.contiguous_format)
-        return apply_(dx, cos, sin, positions, inverse=True), None, None, None
+        return (None, None, None, None, *_rotated(grads, cos, sin, positions, True, ctx.interleaved))
+
+
+def _rotated(heads, cos, sin, positions, inverse, interleaved):  # type: ignore[no-untyped-def]
+    copies = tuple(x.clone(memory_format=torch.contiguous_format) for x in heads)
+    k = copies[1] if len(copies) > 1 else None
+    apply_(copies[0], cos, sin, positions, inverse, interleaved, k)
+    return copies
