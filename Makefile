@@ -20,7 +20,7 @@ setup: .venv/.built
 	@touch $@
 
 .venv/.built: .venv/.installed $(NATIVE)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,demo,data,interop]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,demo,data,interop,embed]'
 	@# A plain path as well: a finder alone would lose to any folder named leantune beside the script that is run.
 	@printf '%s\n' "$(CURDIR)/engine" "$(CURDIR)/kernels" > \
 	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/leantune_sources.pth"

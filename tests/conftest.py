@@ -1,8 +1,15 @@
 """Fixtures that more than one test file uses."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+if find_spec("triton") and not torch.cuda.is_available():
+    import triton_interpreter  # before any kernel is imported
+
+    triton_interpreter.install()
 
 import leantune as lt
 from helpers_model import tiny_model

@@ -19,7 +19,10 @@ import leantune, leantune_kernels, torch
 from leantune_kernels.rms_norm import native_impl
 x, w = torch.randn(3, 8), torch.randn(8)
 torch.testing.assert_close(native_impl.forward(x, w, 1e-5)[0], torch.nn.functional.rms_norm(x, (8,), w, 1e-5))
-print(leantune.__file__, leantune_kernels.__file__, native_impl.lib.__file__, sep="\\n")
+paths = leantune_kernels.paths()
+print(leantune.__file__, leantune_kernels.__file__, native_impl.lib.__file__, paths.library, paths.include, sep="\\n")
+loaded = {line.split()[-1] for line in open("/proc/self/maps") if "/libleantune_kernels.so" in line}
+assert loaded == {str(paths.library)}, loaded  # one copy of the library in the process
 """
 
 
@@ -57,7 +60,8 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"leantune", "leantune_kernels"}
     assert {"leantune/py.typed", "leantune_kernels/py.typed"} < set(names)
     assert "leantune_kernels/include/leantune_kernels.h" in names
-    assert [name for name in names if name.endswith(".so") and "/_native." not in name] == []
+    native = sorted(name.split(".")[0] for name in names if name.endswith(".so"))
+    assert native == ["leantune_kernels/_native", "leantune_kernels/libleantune_kernels"]
 
 
 def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
@@ -65,4 +69,4 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
     run(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
     # PYTHONPATH comes before an editable install, which is asked only where the path has no such module.
     files = run(sys.executable, "-c", USE, cwd=tmp_path, PYTHONPATH=str(target)).splitlines()
-    assert len(files) == 3 and all(Path(file).is_relative_to(target) for file in files), files
+    assert len(files) == 5 and all(Path(file).is_relative_to(target) for file in files), files

@@ -5,8 +5,6 @@ PyTorch is imported first, so that the kernels borrow its OpenMP runtime and its
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from leantune_kernels import _native
@@ -14,8 +12,6 @@ from leantune_kernels import _native
 lib = _native
 
 OPENMP_RUNTIME = lib.adopt_openmp()
-if "LEANTUNE_ISA" in os.environ:  # refuse a level that does not exist, rather than run another in silence
-    lib.set_isa(os.environ["LEANTUNE_ISA"])
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

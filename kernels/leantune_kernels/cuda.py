@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import leantune_kernels
 from leantune_kernels import cpu
 from leantune_kernels.cpu import DTYPE_CODES, address, rows
 
@@ -26,9 +27,9 @@ _device = "cuda"  # the type of device whose memory the library works on
 def library() -> Path | None:
     """The library's file, opened; None where the package was built without nvcc."""
     if _opened is None:
-        built = sorted(Path(__file__).parent.glob("_cuda*.so"))
-        if built:
-            use_library(built[0])
+        built = leantune_kernels.paths().cuda_library
+        if built is not None:
+            use_library(built)
     return _opened
 
 

@@ -24,6 +24,16 @@ class Case:
     differentiable: tuple[str, ...]  # the arguments whose gradients are compared
 
 
+@dataclass(frozen=True)
+class Floor:
+    """The compulsory work of one call (each input read once, each output written once) and its backward pass."""
+
+    forward_bytes: int
+    backward_bytes: int = 0
+    forward_flop: int = 0
+    backward_flop: int = 0
+
+
 def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """Standard normal values times `scale`, drawn in fp32 so that every dtype sees the same numbers, rounded."""
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)

@@ -1,6 +1,7 @@
 """The native library as it was built: levels kept apart, no OpenMP of its own, forcing, threads, errors."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import leantune_kernels
 from leantune_kernels import _native
 
 ROOT = Path(__file__).parent.parent.parent
@@ -75,12 +77,50 @@ def test_no_symbol_is_shared_between_instruction_levels(objects):
             assert f"lt::{level}::" in name or entry_point, f"{path.name}: {kind} {name}"
 
 
-def test_the_library_links_no_openmp_runtime():
+def dynamic(path: Path | str) -> list[str]:
+    """Names of the libraries that `path` needs."""
     if shutil.which("readelf") is None:
         pytest.skip("binutils are not installed")
-    listing = subprocess.run(["readelf", "-d", _native.__file__], capture_output=True, text=True, check=True).stdout
-    needed = [line for line in listing.splitlines() if "NEEDED" in line]
-    assert needed and not [line for line in needed if "omp" in line]
+    listing = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    return [line.split("[")[1].rstrip("]") for line in listing.splitlines() if "NEEDED" in line]
+
+
+def test_the_library_links_no_openmp_runtime_and_no_python():
+    needed = dynamic(leantune_kernels.paths().library)
+    assert needed and not [name for name in needed if "omp" in name or "python" in name]
+
+
+def test_the_module_uses_the_library_beside_it():
+    assert "libleantune_kernels.so" in dynamic(_native.__file__)
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libleantune_" in line}
+    assert {path for path in loaded if not path.endswith("_cuda.so")} == {str(leantune_kernels.paths().library)}
+
+
+def libraries() -> list[Path]:
+    here = leantune_kernels.paths()
+    return [path for path in (here.library, here.cuda_library) if path is not None]
+
+
+@pytest.mark.parametrize("path", libraries(), ids=lambda path: path.name)
+def test_the_libraries_export_the_functions_of_the_header_alone(path):
+    if shutil.which("nm") is None:
+        pytest.skip("binutils are not installed")
+    listing = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    exported = {line.split()[-1] for line in listing.splitlines()}
+    header = (leantune_kernels.paths().include / "leantune_kernels.h").read_text()
+    declared = set(re.findall(r"^LT_API .*?\b(lt_\w+)\(", header, re.MULTILINE))
+    on_cuda = {name for name in declared if name.startswith("lt_cuda_")}
+    assert exported == (on_cuda if path.stem.endswith("_cuda") else declared - on_cuda)
+
+
+def test_paths_are_printed_for_makefiles():
+    command = [sys.executable, "-m", "leantune_kernels", "--cflags", "--libs"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    flags = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    include, folder, rpath, library = flags
+    assert (Path(include.removeprefix("-I")) / "leantune_kernels.h").exists()
+    assert (Path(folder.removeprefix("-L")) / "libleantune_kernels.so").exists()
+    assert rpath == f"-Wl,-rpath,{folder.removeprefix('-L')}" and library == "-lleantune_kernels"
 
 
 def test_with_pytorch_its_openmp_runtime_is_used():

@@ -1,0 +1,277 @@
+"""Every op against PyTorch's own formulations, in one run.
+
+    python benchmarks/bench_ops.py [--op rms_norm] [--markdown FILE] [--json FILE]     the table of docs/benchmarks.md
+    pytest benchmarks/bench_ops.py [--benchmark-json FILE]                             the same through pytest-benchmark
+
+The shapes are the BENCHMARKS of each op's cases.py, the rivals its PEERS (on a GPU also `torch.compile` of the plain
+formula, and Liger Kernel where it is installed). Contenders run in turns, so that a machine that slows down slows all
+of them; a figure is the median. Bandwidth counts the op's compulsory bytes (cases.floor), not what was moved, and is
+given beside what a plain copy reaches in the same run. Memory is the peak above the inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import leantune_kernels
+from leantune_kernels import testing
+from leantune_kernels.dispatch import Op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,)
+SECONDS = float(os.environ.get("LEANTUNE_BENCH_SECONDS", "1.0"))  # for one group of contenders
+
+Contenders = dict[str, Callable[[], Any]]
+
+
+@dataclass
+class Row:
+    """One op at one shape: times in milliseconds, rates by the floor, memory in MB."""
+
+    op: str
+    shape: str
+    direction: str  # "forward", "forward + backward" or "step"
+    dtype: str
+    implementation: str
+    ours: float
+    peers: dict[str, float]
+    memory: float
+    peer_memory: dict[str, float]
+    gigabytes_per_second: float
+    copy: float
+    teraflops: float
+    product: float
+
+    @property
+    def fastest(self) -> str:
+        return min(self.peers, key=lambda name: self.peers[name])
+
+    @property
+    def ratio(self) -> float:
+        """Time of the fastest peer over ours: above 1 where ours is faster."""
+        return self.peers[self.fastest] / self.ours
+
+
+def synchronise() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    synchronise()
+    begin = time.perf_counter()
+    function()
+    synchronise()
+    return time.perf_counter() - begin
+
+
+def race(contenders: Contenders, seconds: float = SECONDS) -> dict[str, float]:
+    """Median seconds of each, run in turns for about `seconds` in all, at least five rounds and after a warm-up."""
+    for function in contenders.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    names, begin, rounds = list(contenders), time.perf_counter(), 0
+    while rounds < 5 or (time.perf_counter() - begin < seconds and rounds < 200):
+        for name in names if rounds % 2 == 0 else names[::-1]:
+            times[name].append(timed(contenders[name]))
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(function: Callable[[], Any]) -> float:
+    """MB that a call needs at its peak beyond what is held before it."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 1e3
+
+
+def _status(field: str) -> int:
+    """A line of /proc/self/status, kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def copy_rate() -> float:
+    """GB/s of a plain copy of 256 MB, bytes read and bytes written counted."""
+    source = torch.ones(64 << 20, device=DEVICE)
+    target = torch.empty_like(source)
+    seconds = race({"copy": lambda: target.copy_(source)}, 1.0)["copy"]
+    return 2 * source.numel() * 4 / seconds / 1e9
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """TFLOP/s of a dense product of 2048 (on a GPU 8192) squared."""
+    n = 8192 if DEVICE == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / race({"mm": lambda: torch.mm(a, b, out=out)}, 1.0)["mm"] / 1e12
+
+
+def contenders(cases: Any, case: testing.Case, inputs: dict[str, Any], backward: bool) -> Contenders:
+    """Thunks for ours and each peer on the same inputs; cases.py may make its own where a call changes its inputs."""
+    if hasattr(cases, "contenders"):
+        return cases.contenders(**inputs)
+    functions = {"leantune": cases.function, **cases.PEERS}
+    if DEVICE == "cuda":
+        functions["torch.compile"] = torch.compile(cases.plain, dynamic=False)
+        functions.update(liger_peers().get(cases.__name__.split(".")[1], {}))
+    wanted = [inputs[k].requires_grad_(backward) for k in case.differentiable]
+
+    def forward(function: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: function(**inputs)
+
+    def both(function: Callable[..., Any]) -> Callable[[], Any]:
+        output = function(**inputs)
+        outputs = output if isinstance(output, tuple) else (output,)
+        upstream = [torch.randn_like(o) for o in outputs]
+
+        def run() -> Any:
+            output = function(**inputs)
+            return torch.autograd.grad(output, wanted, upstream)
+
+        return run
+
+    return {name: (both if backward else forward)(function) for name, function in functions.items()}
+
+
+def liger_peers() -> dict[str, dict[str, Callable[..., Any]]]:
+    """{op: {"liger": function of the op's arguments}} of what Liger Kernel has, where it is installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.transformers import functional as liger
+
+    return {
+        "rms_norm": {"liger": lambda x, weight, eps: liger.liger_rms_norm(x, weight, eps)},
+        "glu": {"liger": lambda gate, up, **_: liger.liger_swiglu(gate, up)},
+        "linear_cross_entropy": {
+            "liger": lambda hidden, weight, targets, **_: liger.liger_fused_linear_cross_entropy(
+                hidden, weight, targets
+            )
+        },
+    }
+
+
+def on_device(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def groups(only: list[str] | None = None) -> Iterator[tuple[str, str, torch.dtype, bool]]:
+    """(op, shape, dtype, with backward) of everything to measure."""
+    for op in only or leantune_kernels.ops():
+        cases = importlib.import_module(f"leantune_kernels.{op}.cases")
+        for shape, case in getattr(cases, "BENCHMARKS", {}).items():
+            for dtype in DTYPES:
+                for backward in (False, True) if case.differentiable else (False,):
+                    yield op, shape, dtype, backward
+
+
+def measure(op: str, shape: str, dtype: torch.dtype, backward: bool, rates: dict[str, float]) -> Row:
+    cases = importlib.import_module(f"leantune_kernels.{op}.cases")
+    case = cases.BENCHMARKS[shape]
+    inputs = on_device(case.make(torch.Generator().manual_seed(0), dtype))
+    floor = cases.floor(**inputs)
+    racing = contenders(cases, case, inputs, backward)
+    memory = {name: peak_memory(function) for name, function in racing.items()}
+    times = race(racing)
+    moved = floor.forward_bytes + (floor.backward_bytes if backward else 0)
+    flop = floor.forward_flop + (floor.backward_flop if backward else 0)
+    picked = Op(f"leantune_kernels.{op}").pick(torch.empty(0, device=DEVICE, dtype=dtype))
+    ours = times.pop("leantune")
+    return Row(
+        op=op,
+        shape=shape,
+        direction="forward + backward" if backward else "forward" if case.differentiable else "step",
+        dtype=str(dtype).removeprefix("torch."),
+        implementation=picked.__name__.rpartition(".")[2],
+        ours=1e3 * ours,
+        peers={name: 1e3 * seconds for name, seconds in times.items()},
+        memory=memory.pop("leantune"),
+        peer_memory=memory,
+        gigabytes_per_second=moved / ours / 1e9,
+        copy=rates["copy"],
+        teraflops=flop / ours / 1e12,
+        product=rates[str(dtype)],
+    )
+
+
+def machine_rates() -> dict[str, float]:
+    return {"copy": copy_rate(), **{str(dtype): product_rate(dtype) for dtype in DTYPES}}
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table of docs/benchmarks.md."""
+    lines = [
+        "| op | shape | | ms | fastest peer | ms | speed-up | of copy | of product | MB | peer's MB |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        bandwidth = f"{r.gigabytes_per_second / r.copy:.2f}" if r.gigabytes_per_second else ""
+        product = f"{r.teraflops / r.product:.2f}" if r.teraflops else ""
+        peer = r.fastest
+        lines.append(
+            f"| {r.op} | {r.shape} {r.dtype} | {r.direction} | {r.ours:.2f} | {peer} | {r.peers[peer]:.2f} "
+            f"| {r.ratio:.2f} | {bandwidth} | {product} | {r.memory:.0f} | {r.peer_memory[peer]:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def rates() -> dict[str, float]:
+    return machine_rates()
+
+
+@pytest.mark.parametrize(("op", "shape", "dtype", "backward"), list(groups()))
+def test_op(benchmark: Any, op: str, shape: str, dtype: torch.dtype, backward: bool, rates: dict[str, float]) -> None:
+    row = measure(op, shape, dtype, backward, rates)
+    benchmark.extra_info.update(asdict(row), ratio=row.ratio)
+    cases = importlib.import_module(f"leantune_kernels.{op}.cases")
+    inputs = on_device(cases.BENCHMARKS[shape].make(torch.Generator().manual_seed(0), dtype))
+    ours = contenders(cases, cases.BENCHMARKS[shape], inputs, backward)["leantune"]
+    benchmark.pedantic(lambda: (ours(), synchronise()), rounds=5, warmup_rounds=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", help="only this op; may be given again")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    arguments = parser.parse_args()
+    rates = machine_rates()
+    print(
+        f"copy {rates['copy']:.1f} GB/s, product "
+        + ", ".join(f"{v:.2f} TFLOP/s {k}" for k, v in rates.items() if k != "copy")
+    )
+    rows = []
+    for group in groups(arguments.op):
+        rows.append(measure(*group, rates))
+        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows))
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"rates": rates, "rows": [asdict(r) | {"ratio": r.ratio} for r in rows]}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""Packed attention in Triton: online softmax forward, and a backward that forms the probabilities again from lse.
+
+A program has one block of one sequence: of queries in one head (forward, dq), or of keys in one key head, whose query
+heads it goes through in order (dk, dv). Sequence s owns the slots of the grid from cu_seqlens[s] // BLOCK + s on, as
+many as its blocks or one more, so that the host knows the size of the grid from the number of tokens and of sequences
+alone. Scores are in units of log2(e), as exp2 wants them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from leantune_kernels.triton_runtime import INTERPRETING, autotune, ceil_div, power_of_two, refuses
+
+__all__ = ["backward", "forward", "refuses"]
+
+MOST_DIM = 256
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)  # below any score, and finite: a row may see no key of the first block
+
+# The interpreter holds bfloat16 as raw bits, which its dot would multiply as integers: there, products are float32.
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _own_block(cu_ptr, sequences, BLOCK: tl.constexpr):
+    """(first token of the sequence, its length, first position of the block, which may lie beyond the length)."""
+    slot = tl.num_programs(0) - 1 - tl.program_id(0)  # late blocks first: under a causal mask they cost the most
+    low = slot * 0
+    high = low + sequences
+    while high - low > 1:  # the last sequence whose slots begin at or before this one
+        middle = (low + high) // 2
+        right = tl.load(cu_ptr + middle) // BLOCK + middle <= slot
+        low = tl.where(right, middle, low)
+        high = tl.where(right, high, middle)
+    begin = tl.load(cu_ptr + low)
+    return begin, tl.load(cu_ptr + low + 1) - begin, (slot - begin // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def _met(first, length, back, ahead, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """What the positions [first, first + BLOCK) meet, each from `back` before it to `ahead` after it, by STEP.
+
+    Returns (start, full, full_end, end): the blocks of [full, full_end) need no mask.
+    """
+    end = tl.minimum(length, first + BLOCK + ahead)
+    start = tl.maximum(first - back, 0) // STEP * STEP
+    full = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK - 1 - back, 0), STEP) * STEP, end)
+    full_end = tl.maximum(tl.minimum(length, first + ahead + 1) // STEP * STEP, full)
+    return start, full, full_end, end
+
+
+@triton.jit
+def _load(ptr, stride, at, length, d, dim: tl.constexpr, DOT: tl.constexpr):
+    """Rows `at` of a [length, dim] matrix, zeros beyond its edges, as the products take them."""
+    inside = (at < length)[:, None] & (d < dim)[None, :]
+    return tl.load(ptr + at.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0).to(DOT)
+
+
+@triton.jit
+def _attend(
+    acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, start, end, row, length, before, after, scale, d,
+    dim: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of the rows over the keys [start, end)."""
+    for key in range(start, end, BLOCK_N):
+        j = key + tl.arange(0, BLOCK_N)
+        k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if MASKED:
+            ahead = j[None, :] - row[:, None]
+            s = tl.where((ahead >= -before) & (ahead <= after) & (j < length)[None, :], s, float("-inf"))
+        highest = tl.maximum(m, tl.max(s, 1))
+        shrink = tl.exp2(m - highest)
+        p = tl.exp2(s - highest[:, None])
+        v = _load(v_ptr, v_stride, j, length, d, dim, DOT)
+        acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee")
+        l = l * shrink + tl.sum(p, 1)
+        m = highest
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "before", "after"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_ptr, q_stride, q_head, k_stride, k_head, v_stride, v_head, o_stride,
+    o_head, tokens, sequences, group, before, after, scale, dim: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    begin, length, first = _own_block(cu_ptr, sequences, BLOCK_M)
+    if first >= length:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    token = begin.to(tl.int64)
+    q_ptr += token * q_stride + head * q_head
+    k_ptr += token * k_stride + head // group * k_head
+    v_ptr += token * v_stride + head // group * v_head
+    row = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    q = _load(q_ptr, q_stride, row, length, d, dim, DOT)
+    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    start, full, full_end, end = _met(first, length, before, after, BLOCK_M, BLOCK_N)
+    acc, m, l = _attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, start, full, row, length, before, after, scale,
+                        d, dim, True, DOT, BLOCK_N)  # fmt: skip
+    acc, m, l = _attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, full, full_end, row, length, before, after,
+                        scale, d, dim, False, DOT, BLOCK_N)  # fmt: skip
+    acc, m, l = _attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, full_end, end, row, length, before, after,
+                        scale, d, dim, True, DOT, BLOCK_N)  # fmt: skip
+    inside = row < length
+    l = tl.where(inside, l, 1.0)  # rows beyond the sequence may have seen nothing
+    o_at = o_ptr + (token + row)[:, None] * o_stride + head * o_head + d[None, :]
+    tl.store(o_at, acc / l[:, None], mask=inside[:, None] & (d < dim)[None, :])
+    tl.store(lse_ptr + head * tokens + token + row, (m + tl.log2(l)) * LN_2, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _delta_kernel(
+    do_ptr, o_ptr, delta_ptr, do_stride, do_head, o_stride, o_head, tokens,
+    dim: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """delta [heads, tokens] = sum_d do * o, what the softmax's gradient takes off every dp of a row."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    do = _load(do_ptr + head * do_head, do_stride, t, tokens, d, dim, tl.float32)
+    o = _load(o_ptr + head * o_head, o_stride, t, tokens, d, dim, tl.float32)
+    tl.store(delta_ptr + head * tokens + t, tl.sum(do * o, 1), mask=t < tokens)
+
+
+@triton.jit
+def _gradient_of_rows(
+    acc, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, end, row, length, before, after, scale, d,
+    dim: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc += dS K over the keys [start, end), dS = P * (dO V^T - delta)."""
+    for key in range(start, end, BLOCK_N):
+        j = key + tl.arange(0, BLOCK_N)
+        k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
+        v = _load(v_ptr, v_stride, j, length, d, dim, DOT)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+        if MASKED:
+            ahead = j[None, :] - row[:, None]
+            p = tl.where((ahead >= -before) & (ahead <= after) & (j < length)[None, :], p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        acc = tl.dot(ds.to(DOT), k, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "before", "after"])
+def _query_gradient_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, lse_ptr, delta_ptr, cu_ptr, do_stride, do_head, q_stride, q_head, k_stride,
+    k_head, v_stride, v_head, dq_stride, dq_head, tokens, sequences, group, before, after, scale, scale_log2,
+    dim: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    begin, length, first = _own_block(cu_ptr, sequences, BLOCK_M)
+    if first >= length:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    token = begin.to(tl.int64)
+    k_ptr += token * k_stride + head // group * k_head
+    v_ptr += token * v_stride + head // group * v_head
+    row = first + tl.arange(0, BLOCK_M)
+    inside = row < length
+    d = tl.arange(0, BLOCK_D)
+    q = _load(q_ptr + token * q_stride + head * q_head, q_stride, row, length, d, dim, DOT)
+    do = _load(do_ptr + token * do_stride + head * do_head, do_stride, row, length, d, dim, DOT)
+    lse = tl.load(lse_ptr + head * tokens + token + row, mask=inside, other=0.0) / LN_2
+    delta = tl.load(delta_ptr + head * tokens + token + row, mask=inside, other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    start, full, full_end, end = _met(first, length, before, after, BLOCK_M, BLOCK_N)
+    acc = _gradient_of_rows(acc, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, full, row, length, before,
+                            after, scale_log2, d, dim, True, DOT, BLOCK_N)  # fmt: skip
+    acc = _gradient_of_rows(acc, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, full, full_end, row, length,
+                            before, after, scale_log2, d, dim, False, DOT, BLOCK_N)  # fmt: skip
+    acc = _gradient_of_rows(acc, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, full_end, end, row, length,
+                            before, after, scale_log2, d, dim, True, DOT, BLOCK_N)  # fmt: skip
+    at = dq_ptr + (token + row)[:, None] * dq_stride + head * dq_head + d[None, :]
+    tl.store(at, acc * scale, mask=inside[:, None] & (d < dim)[None, :])
+
+
+@triton.jit
+def _gradient_of_keys(
+    dk, dv, k, v, do_ptr, q_ptr, lse_ptr, delta_ptr, do_stride, q_stride, start, end, j, length, before, after, scale,
+    d, dim: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dk += dS^T Q and dv += P^T dO over the rows [start, end); scores are transposed, [keys, rows]."""
+    for first in range(start, end, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        q = _load(q_ptr, q_stride, row, length, d, dim, DOT)
+        do = _load(do_ptr, do_stride, row, length, d, dim, DOT)
+        lse = tl.load(lse_ptr + row, mask=row < length, other=0.0) / LN_2
+        delta = tl.load(delta_ptr + row, mask=row < length, other=0.0)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+        if MASKED:
+            ahead = j[:, None] - row[None, :]
+            p = tl.where((ahead >= -before) & (ahead <= after) & (row < length)[None, :], p, 0.0)
+        dv = tl.dot(p.to(DOT), do, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+        dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences", "before", "after"])
+def _key_gradient_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, cu_ptr, do_stride, do_head, q_stride, q_head,
+    k_stride, k_head, v_stride, v_head, dk_stride, dk_head, dv_stride, dv_head, tokens, sequences, group, before, after,
+    scale, scale_log2, dim: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    begin, length, first = _own_block(cu_ptr, sequences, BLOCK_N)
+    if first >= length:
+        return
+    kv_head = tl.program_id(1).to(tl.int64)
+    token = begin.to(tl.int64)
+    j = first + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    k = _load(k_ptr + token * k_stride + kv_head * k_head, k_stride, j, length, d, dim, DOT)
+    v = _load(v_ptr + token * v_stride + kv_head * v_head, v_stride, j, length, d, dim, DOT)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    start, full, full_end, end = _met(first, length, after, before, BLOCK_N, BLOCK_M)
+    for i in range(group):
+        head = kv_head * group + i
+        q_at = q_ptr + token * q_stride + head * q_head
+        do_at = do_ptr + token * do_stride + head * do_head
+        lse_at = lse_ptr + head * tokens + token
+        delta_at = delta_ptr + head * tokens + token
+        dk, dv = _gradient_of_keys(dk, dv, k, v, do_at, q_at, lse_at, delta_at, do_stride, q_stride, start, full, j,
+                                   length, before, after, scale_log2, d, dim, True, DOT, BLOCK_M)  # fmt: skip
+        dk, dv = _gradient_of_keys(dk, dv, k, v, do_at, q_at, lse_at, delta_at, do_stride, q_stride, full, full_end, j,
+                                   length, before, after, scale_log2, d, dim, False, DOT, BLOCK_M)  # fmt: skip
+        dk, dv = _gradient_of_keys(dk, dv, k, v, do_at, q_at, lse_at, delta_at, do_stride, q_stride, full_end, end, j,
+                                   length, before, after, scale_log2, d, dim, True, DOT, BLOCK_M)  # fmt: skip
+    inside = (j < length)[:, None] & (d < dim)[None, :]
+    tl.store(dk_ptr + (token + j)[:, None] * dk_stride + kv_head * dk_head + d[None, :], dk * scale, mask=inside)
+    tl.store(dv_ptr + (token + j)[:, None] * dv_stride + kv_head * dv_head + d[None, :], dv, mask=inside)
+
+
+def _configs(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+        for m, n, warps, stages in choices
+    ]
+
+
+# The last of each fits shared memory at 256 float32 columns. A configuration that does not fit is passed over.
+_forward = autotune(_configs((64, 64, 4, 2), (128, 64, 8, 3), (32, 32, 4, 1)), key=["dim"])(_forward_kernel)
+_query_gradient = autotune(_configs((64, 32, 4, 2), (128, 64, 8, 2), (32, 16, 4, 1)), key=["dim"])(
+    _query_gradient_kernel
+)
+_key_gradient = autotune(_configs((32, 64, 4, 2), (64, 128, 8, 2), (16, 32, 4, 1)), key=["dim"])(_key_gradient_kernel)
+
+
+def _arguments(q, k, cu_seqlens, causal, window):  # type: ignore[no-untyped-def]
+    """What the three kernels take alike."""
+    tokens, heads, dim = q.shape
+    if dim > MOST_DIM:
+        raise ValueError(f"head_dim={dim} exceeds {MOST_DIM}, the largest that the Triton kernel takes")
+    before = tokens if window is None else min(window - 1, tokens)
+    return {
+        "cu_ptr": cu_seqlens.contiguous(), "tokens": tokens, "sequences": cu_seqlens.numel() - 1,
+        "group": heads // k.shape[1], "before": before, "after": 0 if causal else before, "dim": dim,
+        "BLOCK_D": power_of_two(dim), "DOT": tl.float32 if INTERPRETING else _TYPES[q.dtype],
+    }  # fmt: skip
+
+
+def _matrix(name: str, x: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    return {f"{name}_ptr": x, f"{name}_stride": x.stride(0), f"{name}_head": x.stride(1)}
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
+
+
+def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type: ignore[no-untyped-def]
+    q, k, v, o = _rows(q), _rows(k), _rows(v), _result(out, q)
+    shared = _arguments(q, k, cu_seqlens, causal, window)
+    tokens, sequences = shared["tokens"], shared["sequences"]
+    lse = torch.empty(q.shape[1], tokens, dtype=torch.float32, device=q.device)
+    if tokens:
+        _forward[lambda meta: (tokens // meta["BLOCK_M"] + sequences, q.shape[1])](
+            **_matrix("q", q), **_matrix("k", k), **_matrix("v", v), **_matrix("o", o),
+            lse_ptr=lse, scale=scale * LOG2_E, **shared,
+        )  # fmt: skip
+    return o, lse
+
+
+def backward(  # type: ignore[no-untyped-def]
+    do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None
+):
+    do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
+    dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
+    shared = _arguments(q, k, cu_seqlens, causal, window)
+    tokens, sequences, dim = shared["tokens"], shared["sequences"], shared["dim"]
+    if tokens == 0:
+        return dq, dk, dv
+    delta = torch.empty_like(lse)
+    _delta_kernel[(ceil_div(tokens, 16), q.shape[1])](
+        **_matrix("do", do), **_matrix("o", o), delta_ptr=delta, tokens=tokens, dim=dim, BLOCK_D=shared["BLOCK_D"],
+        BLOCK_T=16,
+    )  # fmt: skip
+    shared |= {"lse_ptr": lse, "delta_ptr": delta, "scale": scale, "scale_log2": scale * LOG2_E}
+    inputs = {**_matrix("do", do), **_matrix("q", q), **_matrix("k", k), **_matrix("v", v)}
+    _query_gradient[lambda meta: (tokens // meta["BLOCK_M"] + sequences, q.shape[1])](
+        **inputs, **_matrix("dq", dq), **shared
+    )
+    _key_gradient[lambda meta: (tokens // meta["BLOCK_N"] + sequences, k.shape[1])](
+        **inputs, **_matrix("dk", dk), **_matrix("dv", dv), **shared
+    )
+    return dq, dk, dv
