@@ -6,7 +6,7 @@ The memory between the rows is never touched, so it is address space alone.
 import pytest
 import torch
 
-from leantune_kernels import rms_norm, rope, swiglu
+from leantune_kernels import activation, glu, rms_norm, rope
 from leantune_kernels.rope.cases import tables
 
 ROWS, COLS, TENSORS = 2, 40, 5
@@ -59,11 +59,19 @@ def test_rope(far, heads_first):
     assert torch.equal(distant, near)
 
 
-def test_swiglu(far):
+@pytest.mark.parametrize("name", activation.ACTIVATIONS)
+def test_glu(far, name):
     dh, gate, up = (torch.randn(ROWS, COLS, dtype=far.dtype) for _ in range(3))
     far_gate, far_up = far(gate), far(up)
-    assert torch.equal(
-        swiglu.forward(far_gate, far_up, far(torch.full_like(gate, torch.nan))), swiglu.forward(gate, up)
-    )
-    found, wanted = swiglu.backward_(far(dh), far_gate, far_up), swiglu.backward_(dh, gate, up)
+    h = glu.forward(far_gate, far_up, far(torch.full_like(gate, torch.nan)), name)
+    assert torch.equal(h, glu.forward(gate, up, activation=name))
+    found, wanted = glu.backward_(far(dh), far_gate, far_up, name), glu.backward_(dh, gate, up, name)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", activation.ACTIVATIONS)
+def test_activation(far, name):
+    dy, x = (torch.randn(ROWS, COLS, dtype=far.dtype) for _ in range(2))
+    far_x, nan = far(x), torch.full_like(x, torch.nan)
+    assert torch.equal(activation.forward(far_x, name, far(nan)), activation.forward(x, name))
+    assert torch.equal(activation.backward(far(dy), far_x, name, far(nan)), activation.backward(dy, x, name))

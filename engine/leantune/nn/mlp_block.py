@@ -5,11 +5,9 @@ Shapes: T tokens, H hidden size, I intermediate size. x [T, H]; gate_up [T, 2I] 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from leantune.nn.arena import Buffer
@@ -17,21 +15,16 @@ from leantune.nn.batch import Packed
 from leantune.nn.config import DecoderConfig
 from leantune.nn.linear import Linear, LinearGroup
 from leantune.nn.norm import RMSNorm
-from leantune_kernels import swiglu
+from leantune_kernels import glu
 
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-# Hugging Face's names. silu has a kernel of its own (swiglu); the rest run as plain PyTorch.
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "relu": F.relu,
+# Hugging Face's names, and which activation of the glu kernels each means; relu, which is rare, is plain PyTorch.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
 }
 
 
@@ -70,27 +63,20 @@ class MLPBlock:
     def gated(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """out [T, I] = act(gate) * up."""
         gate, up = gate_up.split(self.width, dim=1)
-        if self.activation is F.silu:
-            swiglu.forward(gate, up, out)
-        else:
-            torch.mul(self.activation(gate), up, out=out)
-        return out
+        if self.activation == "relu":
+            return torch.mul(gate.relu(), up, out=out)
+        return glu.forward(gate, up, out, self.activation)
 
     def gated_backward_(self, da: torch.Tensor, gate_up: torch.Tensor) -> None:
         """In place: da becomes act(gate) * up, gate_up becomes its own gradient."""
         gate, up = gate_up.split(self.width, dim=1)
-        if self.activation is F.silu:
-            swiglu.backward_(da, gate, up)
+        if self.activation != "relu":
+            glu.backward_(da, gate, up, self.activation)
             return
-        with torch.enable_grad():
-            leaf = gate.clone().requires_grad_()
-            activated = self.activation(leaf)
-            (dgate,) = torch.autograd.grad(activated, leaf, da * up)
-        gated = activated.detach()
-        dup = da * gated
-        torch.mul(gated, up, out=da)
-        gate.copy_(dgate)
-        up.copy_(dup)
+        d_gate, d_up = da * up * (gate > 0), da * gate.relu()
+        torch.mul(gate.relu(), up, out=da)
+        gate.copy_(d_gate)
+        up.copy_(d_up)
 
 
 class _MLPFunction(torch.autograd.Function):
