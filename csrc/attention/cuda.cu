@@ -52,6 +52,11 @@ template <int ROWS> struct Reach {
         : start(max(own.first - back, 0)), end(min(own.first + ROWS + ahead, own.length)) {}
 };
 
+// What a warp has of the block's rows and columns: 16 rows, and COLUMNS columns where SPLIT warps share them.
+template <int SPLIT, int COLUMNS> struct Part {
+    int row = threadIdx.x / 32 / SPLIT * 16, column = threadIdx.x / 32 % SPLIT * COLUMNS;
+};
+
 // Whether some of the rows [first, first + ROWS) do not see some of the keys [key, key + KEYS).
 template <int ROWS, int KEYS> __device__ bool needs_mask(const Problem &p, int first, int key, int length) {
     return key < first + ROWS - 1 - p.before || key + KEYS - 1 > first + p.after || key + KEYS > length;
@@ -73,15 +78,18 @@ __device__ float quad_max(float x) {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
+// Warps that share 16 rows, each with its part of the columns, so that `columns` sums a row fit the registers.
+template <class T> constexpr int split_for(int columns) { return std::max(1, columns * (int)sizeof(T) / 512); }
+
 template <class T, int D> struct ForwardShape {
-    static constexpr int kRows = 64, kThreads = 128;
+    static constexpr int kRows = 64, kSplit = split_for<T>(D), kThreads = kRows / 16 * kSplit * 32;
     static constexpr int kKeys = (D <= 64 ? 128 : 64) / (int)sizeof(T);
     static constexpr int kBytes = (kRows + 4 * kKeys) * kPitch<T, D> * (int)sizeof(T);
 };
 
 // Scores become e^(score - m); o and the sums l of each row follow their running maximum m, in units of log2(e).
-template <int D, int N>
-__device__ void online_softmax(const Problem &p, float (&s)[N / 8][4], float (&o)[D / 8][4], float (&m)[2],
+template <int N, int COLUMNS>
+__device__ void online_softmax(const Problem &p, float (&s)[N / 8][4], float (&o)[COLUMNS / 8][4], float (&m)[2],
                                float (&l)[2], int row, int key, int length, bool masked) {
     const int column = key + threadIdx.x % 4 * 2;
     float highest[2] = {m[0], m[1]};
@@ -101,7 +109,7 @@ __device__ void online_softmax(const Problem &p, float (&s)[N / 8][4], float (&o
         m[half] = highest[half];
         l[half] *= shrink;
 #pragma unroll
-        for (int c = 0; c < D / 8; ++c)
+        for (int c = 0; c < COLUMNS / 8; ++c)
             o[c][2 * half] *= shrink, o[c][2 * half + 1] *= shrink;
     }
 #pragma unroll
@@ -121,6 +129,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::kThreads)
                              bool aligned) {
     typedef ForwardShape<T, D> Shape;
     constexpr int M = Shape::kRows, N = Shape::kKeys, kThreads = Shape::kThreads, pitch = kPitch<T, D>;
+    constexpr int kColumns = D / Shape::kSplit;
     const Own own = own_block<M>(p, own_slot(p.heads));
     if (own.first >= own.length)
         return;
@@ -134,8 +143,9 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::kThreads)
     };
 
     const Reach<M> keys(own, p.before, p.after);
-    const int warp_row = threadIdx.x / 32 * 16, row = own.first + warp_row + threadIdx.x % 32 / 4;
-    float sums[D / 8][4] = {}, m[2] = {kLowest, kLowest}, l[2] = {0, 0};
+    const Part<Shape::kSplit, kColumns> part;
+    const int row = own.first + part.row + threadIdx.x % 32 / 4;
+    float sums[kColumns / 8][4] = {}, m[2] = {kLowest, kLowest}, l[2] = {0, 0};
     load_tile<T, D, M, kThreads>(q_tile, q.at(own.token, head), q.stride, own.first, own.length, p.dim, aligned);
     load(keys.start, 0);
     cp_async_commit();
@@ -146,15 +156,16 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::kThreads)
         cp_async_wait<1>();
         __syncthreads();
         float s[N / 8][4];
-        scores<T, D, N>(q_tile + warp_row * pitch, k_tiles + stage * N * pitch, s);
-        online_softmax<D, N>(p, s, sums, m, l, row, key, own.length, needs_mask<M, N>(p, own.first, key, own.length));
-        accumulate<T, D, N, D>(s, v_tiles + stage * N * pitch, sums);
+        scores<T, D, N>(q_tile + part.row * pitch, k_tiles + stage * N * pitch, s);
+        online_softmax<N, kColumns>(p, s, sums, m, l, row, key, own.length,
+                                    needs_mask<M, N>(p, own.first, key, own.length));
+        accumulate<T, D, N, kColumns>(s, v_tiles + stage * N * pitch + part.column, sums);
         __syncthreads(); // the next turn copies over this stage
     }
 
     l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
-    store_tile<T, D, D>(sums, 1.0f / l[0], 1.0f / l[1], q_tile + warp_row * pitch, o.at(own.token, head), o.stride,
-                        own.first + warp_row, own.length, 0, p.dim, aligned);
+    store_tile<T, D, kColumns>(sums, 1.0f / l[0], 1.0f / l[1], q_tile + part.row * pitch, o.at(own.token, head),
+                               o.stride, own.first + part.row, own.length, part.column, p.dim, aligned);
     if (threadIdx.x % 4 == 0)
         for (int half = 0; half < 2; ++half)
             if (row + 8 * half < own.length)
@@ -187,13 +198,13 @@ __global__ void __launch_bounds__(kDeltaThreads)
         delta[head * p.tokens + token] = sum;
 }
 
-// Of dq: kRows queries meet tiles of kOthers keys. Of dk and dv: kRows keys meet tiles of kOthers queries, and kSplit
-// warps share 16 keys, each with its part of the columns, so that the sums fit the registers.
+// Of dq: kRows queries meet tiles of kOthers keys. Of dk and dv: kRows keys meet tiles of kOthers queries.
 template <class T, int D, bool KEYS> struct BackwardShape {
     static constexpr int kRows = D > 128 && (KEYS || sizeof(T) == 4) ? 32 : 64;
-    static constexpr int kSplit = D > 128 && KEYS ? 2 : 1;
+    static constexpr int kSplit = split_for<T>(KEYS ? 2 * D : D);
     static constexpr int kThreads = kRows / 16 * kSplit * 32;
     static constexpr int kOthers = 64 / (int)sizeof(T);
+    static constexpr int kBlocks = sizeof(T) == 2 && D <= 64 ? (KEYS ? 3 : 4) : 1;  // on a multiprocessor, at least
     static constexpr int kStatistics = KEYS ? 4 * kOthers * (int)sizeof(float) : 0; // lse and delta, two stages
     static constexpr int kBytes = (2 * kRows + 4 * kOthers) * kPitch<T, D> * (int)sizeof(T) + kStatistics;
 };
@@ -201,11 +212,12 @@ template <class T, int D, bool KEYS> struct BackwardShape {
 // budget: 255 registers, 0 shared
 // claims: HMMA LDSM LDGSTS STG.E.128
 template <class T, int D>
-__global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads)
+__global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, BackwardShape<T, D, false>::kBlocks)
     attention_query_gradient_kernel(Problem p, View<const T> grad, View<const T> q, View<const T> k, View<const T> v,
                                     View<T> dq, const float *lse, const float *delta, bool aligned) {
     typedef BackwardShape<T, D, false> Shape;
     constexpr int M = Shape::kRows, N = Shape::kOthers, kThreads = Shape::kThreads, pitch = kPitch<T, D>;
+    constexpr int kColumns = D / Shape::kSplit;
     const Own own = own_block<M>(p, own_slot(p.heads));
     if (own.first >= own.length)
         return;
@@ -220,14 +232,15 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads)
     };
 
     const Reach<M> keys(own, p.before, p.after);
-    const int warp_row = threadIdx.x / 32 * 16, row = own.first + warp_row + threadIdx.x % 32 / 4;
+    const Part<Shape::kSplit, kColumns> part;
+    const int row = own.first + part.row + threadIdx.x % 32 / 4;
     float lse_2[2], mean[2];
     for (int half = 0; half < 2; ++half) {
         const int64_t at = head * p.tokens + own.token + row + 8 * half;
         lse_2[half] = row + 8 * half < own.length ? lse[at] * kLog2E : 0.0f;
         mean[half] = row + 8 * half < own.length ? delta[at] : 0.0f;
     }
-    float sums[D / 8][4] = {};
+    float sums[kColumns / 8][4] = {};
     load_tile<T, D, M, kThreads>(q_tile, q.at(own.token, head), q.stride, own.first, own.length, p.dim, aligned);
     load_tile<T, D, M, kThreads>(grad_tile, grad.at(own.token, head), grad.stride, own.first, own.length, p.dim,
                                  aligned);
@@ -241,8 +254,8 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads)
         __syncthreads();
         const bool masked = needs_mask<M, N>(p, own.first, key, own.length);
         float s[N / 8][4], dp[N / 8][4];
-        scores<T, D, N>(q_tile + warp_row * pitch, k_tiles + stage * N * pitch, s);
-        scores<T, D, N>(grad_tile + warp_row * pitch, v_tiles + stage * N * pitch, dp);
+        scores<T, D, N>(q_tile + part.row * pitch, k_tiles + stage * N * pitch, s);
+        scores<T, D, N>(grad_tile + part.row * pitch, v_tiles + stage * N * pitch, dp);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -252,17 +265,17 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads)
                 if (masked && !sees(p, row + i / 2 * 8, column, own.length))
                     s[n][i] = 0;
             }
-        accumulate<T, D, N, D>(s, k_tiles + stage * N * pitch, sums);
+        accumulate<T, D, N, kColumns>(s, k_tiles + stage * N * pitch + part.column, sums);
         __syncthreads(); // the next turn copies over this stage
     }
-    store_tile<T, D, D>(sums, p.scale, p.scale, q_tile + warp_row * pitch, dq.at(own.token, head), dq.stride,
-                        own.first + warp_row, own.length, 0, p.dim, aligned);
+    store_tile<T, D, kColumns>(sums, p.scale, p.scale, q_tile + part.row * pitch, dq.at(own.token, head), dq.stride,
+                               own.first + part.row, own.length, part.column, p.dim, aligned);
 }
 
 // budget: 255 registers, 0 shared
 // claims: HMMA LDSM LDGSTS STG.E.128
 template <class T, int D>
-__global__ void __launch_bounds__(BackwardShape<T, D, true>::kThreads)
+__global__ void __launch_bounds__(BackwardShape<T, D, true>::kThreads, BackwardShape<T, D, true>::kBlocks)
     attention_key_gradient_kernel(Problem p, View<const T> grad, View<const T> q, View<const T> k, View<const T> v,
                                   View<T> dk, View<T> dv, const float *lse, const float *delta, bool aligned) {
     typedef BackwardShape<T, D, true> Shape;
@@ -293,8 +306,8 @@ __global__ void __launch_bounds__(BackwardShape<T, D, true>::kThreads)
         }
     };
 
-    const int warp = threadIdx.x / 32, warp_row = warp / Shape::kSplit * 16, quad = threadIdx.x % 4;
-    const int key = own.first + warp_row + threadIdx.x % 32 / 4, part = warp % Shape::kSplit * kColumns;
+    const Part<Shape::kSplit, kColumns> part;
+    const int key = own.first + part.row + threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
     float dk_sums[kColumns / 8][4] = {}, dv_sums[kColumns / 8][4] = {};
     load_tile<T, D, M, kThreads>(k_tile, k.at(own.token, kv_head), k.stride, own.first, own.length, p.dim, aligned);
     load_tile<T, D, M, kThreads>(v_tile, v.at(own.token, kv_head), v.stride, own.first, own.length, p.dim, aligned);
@@ -311,7 +324,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, true>::kThreads)
         const float *lse_2 = statistics + stage * 2 * N, *mean = lse_2 + N;
         const bool masked = needs_mask<N, M>(p, row, own.first, own.length);
         float s[N / 8][4], dp[N / 8][4]; // transposed: a row is a key's
-        scores<T, D, N>(k_tile + warp_row * pitch, q_tile, s);
+        scores<T, D, N>(k_tile + part.row * pitch, q_tile, s);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -321,20 +334,20 @@ __global__ void __launch_bounds__(BackwardShape<T, D, true>::kThreads)
                 if (masked && !sees(p, row + column, key + e / 2 * 8, own.length))
                     s[n][e] = 0;
             }
-        accumulate<T, D, N, kColumns>(s, grad_tile + part, dv_sums);
-        scores<T, D, N>(v_tile + warp_row * pitch, grad_tile, dp);
+        accumulate<T, D, N, kColumns>(s, grad_tile + part.column, dv_sums);
+        scores<T, D, N>(v_tile + part.row * pitch, grad_tile, dp);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 s[n][e] *= dp[n][e] - mean[n * 8 + quad * 2 + e % 2];
-        accumulate<T, D, N, kColumns>(s, q_tile + part, dk_sums);
+        accumulate<T, D, N, kColumns>(s, q_tile + part.column, dk_sums);
         __syncthreads(); // the next turn copies over this stage
     }
-    store_tile<T, D, kColumns>(dk_sums, p.scale, p.scale, k_tile + warp_row * pitch, dk.at(own.token, kv_head),
-                               dk.stride, own.first + warp_row, own.length, part, p.dim, aligned);
-    store_tile<T, D, kColumns>(dv_sums, 1.0f, 1.0f, v_tile + warp_row * pitch, dv.at(own.token, kv_head), dv.stride,
-                               own.first + warp_row, own.length, part, p.dim, aligned);
+    store_tile<T, D, kColumns>(dk_sums, p.scale, p.scale, k_tile + part.row * pitch, dk.at(own.token, kv_head),
+                               dk.stride, own.first + part.row, own.length, part.column, p.dim, aligned);
+    store_tile<T, D, kColumns>(dv_sums, 1.0f, 1.0f, v_tile + part.row * pitch, dv.at(own.token, kv_head), dv.stride,
+                               own.first + part.row, own.length, part.column, p.dim, aligned);
 }
 
 // ---- launches ------------------------------------------------------------------------------------------------------

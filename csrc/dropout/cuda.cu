@@ -20,8 +20,10 @@ __device__ inline float masked(float x, uint32_t word, const Mask &mask) {
     return x * (word >= mask.threshold ? mask.scale : 0.0f);
 }
 
-// Group g of kVector<T> elements starts at g * kVector<T> - skip. WHOLE: groups lie at multiples of 16 bytes.
+// Group g of kVector<T> elements starts at g * kVector<T> - skip. WHOLE: each group is within x, at a multiple of 16
+// bytes.
 // budget: 40 registers, 0 bytes shared
+// claims: LDG.128 STG.128
 template <class T, bool WHOLE>
 __global__ void __launch_bounds__(kThreads) dropout_kernel(const T *x, T *y, int64_t size, int64_t groups, Mask mask) {
     constexpr int kElements = kVector<T>;
@@ -31,13 +33,14 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(const T *x, T *y, int
 #pragma unroll
         for (int c = 0; c < kElements / 4; ++c)
             philox(mask.first_counter + (uint64_t)group * (kElements / 4) + c, 0, 0, mask.seed, words + 4 * c);
-        const int64_t begin = group * kElements - mask.skip;
-        if (WHOLE && begin + kElements <= size) {
-            Vec<T, kElements> v = load_vec<kElements>(x + begin);
+        const int64_t begin = WHOLE ? group * kElements : group * kElements - mask.skip;
+        if constexpr (WHOLE) {
+            const Vec<T, kElements> v = load_vec<kElements>(x + begin);
+            Vec<T, kElements> result;
 #pragma unroll
             for (int i = 0; i < kElements; ++i)
-                narrow(masked(widen(v[i]), words[i], mask), &v[i]);
-            store_vec(y + begin, v);
+                narrow(masked(widen(v[i]), words[i], mask), &result[i]);
+            store_vec(y + begin, result);
         } else {
 #pragma unroll
             for (int i = 0; i < kElements; ++i)
@@ -47,21 +50,25 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(const T *x, T *y, int
     }
 }
 
+template <class T, bool WHOLE> int dropout(const T *x, T *y, int64_t size, Mask mask, void *stream) {
+    const int64_t groups = ceil_div(size + mask.skip, (int64_t)kVector<T>);
+    const dim3 grid((unsigned)std::min(ceil_div(groups, (int64_t)kThreads), kMaxGrid)), block(kThreads);
+    return size ? launch(dropout_kernel<T, WHOLE>, grid, block, 0, stream, x, y, size, groups, mask) : 0;
+}
+
 } // namespace
 } // namespace lt_cuda
 
 extern "C" LT_API int lt_cuda_dropout(int dtype, const void *x, void *y, int64_t size, uint64_t seed, uint64_t offset,
                                       uint32_t threshold, float scale, void *stream) {
     using namespace lt_cuda;
-    if (size == 0)
-        return 0;
-    const Mask mask = {offset / 4, seed, (int)(offset % 4), threshold, scale};
+    Mask mask = {offset / 4, seed, (int)(offset % 4), threshold, scale};
     return with_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        const int64_t groups = ceil_div(size + mask.skip, (int64_t)kVector<T>);
-        const dim3 grid((unsigned)std::min(ceil_div(groups, (int64_t)kThreads), kMaxGrid)), block(kThreads);
-        const bool whole = mask.skip == 0 && aligned16(x, 0) && aligned16(y, 0);
-        return launch(whole ? dropout_kernel<T, true> : dropout_kernel<T, false>, grid, block, 0, stream, (const T *)x,
-                      (T *)y, size, groups, mask);
+        const bool aligned = mask.skip == 0 && aligned16(x, 0) && aligned16(y, 0);
+        const int64_t whole = aligned ? size / kVector<T> * kVector<T> : 0;
+        const int status = dropout<T, true>((const T *)x, (T *)y, whole, mask, stream);
+        mask.first_counter += (uint64_t)whole / 4;
+        return status ? status : dropout<T, false>((const T *)x + whole, (T *)y + whole, size - whole, mask, stream);
     });
 }

@@ -21,7 +21,7 @@ extern "C" {
 
 enum lt_status { LT_OK = 0, LT_INVALID = 1, LT_NO_MEMORY = 2 };
 enum lt_dtype { LT_F32 = 0, LT_BF16 = 1, LT_F16 = 2 };
-enum lt_activation { LT_SILU = 0, LT_GELU = 1, LT_GELU_TANH = 2 };
+enum lt_activation { LT_SILU = 0, LT_GELU = 1, LT_GELU_TANH = 2, LT_RELU = 3, LT_LINEAR = 4 };
 
 /* ---- the library ------------------------------------------------------------------------------------------------- */
 
@@ -187,22 +187,90 @@ LT_API int lt_cuda_distillation_rows(float *logits, int64_t stride, int teacher_
                                      float scale, float alpha, float temperature, int need_gradient, double *losses,
                                      int64_t rows, int64_t cols, void *stream);
 
-/* ---- AdamW over a list of tensors ---------------------------------------------------------------------------------
- * In place, with decoupled decay, at step `step` (from 1), on fp32 parameters and moments; every array has `tensors`
- * entries, tensors are contiguous, grad_dtypes are enum lt_dtype. A null gradient leaves its tensor as it is.
- *   g = grad_scale * grad;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
+/* ---- Optimizers over lists of tensors -----------------------------------------------------------------------------
+ * In place, at step `step` (from 1, below 2^32), with g = grad_scale * grad in fp32. A parameter in bf16 or f16 with a
+ * master is the master, rounded to nearest even. One in bf16 without is rounded stochastically, up with the probability
+ * that keeps the mean: the 16 bits below bf16's of the new value plus 16 random bits carry, or do not. The random bits
+ * of element e of tensor number i are half e % 2 (the lower one first) of word e % 8 / 2 of Philox4x32-10 at counter
+ * (e / 8 as 64 bits, i, step) under key `seed`. f16 needs a master. Infinity and NaN pass.
+ *
+ * On CUDA the list and the pieces that it is cut into lie on the device, as everything that they point to. Each tensor
+ * is cut into pieces of LT_PIECE elements, the last one shorter; a list of sums has one double a piece.
+ */
+typedef struct lt_parameter {
+    int64_t size;    /* elements, contiguous */
+    void *data;      /* updated in place */
+    float *master;   /* null, or the fp32 copy that is updated */
+    void *grad;      /* null leaves the tensor as it is */
+    void *states[4]; /* what the optimizer keeps, as said there */
+    double lr, weight_decay;
+    int64_t dtype, grad_dtype; /* enum lt_dtype */
+} lt_parameter;
+
+typedef struct lt_piece {
+    int64_t tensor, begin;
+} lt_piece;
+
+enum { LT_PIECE = 16384 };
+
+/* AdamW. states: m, v, fp32, of the parameter's size.
+ *   m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
  *   p = (1 - lr weight_decay) p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
  */
-LT_API int lt_adamw(int64_t tensors, const int64_t *sizes, float *const *params, const void *const *grads,
-                    const int64_t *grad_dtypes, float *const *exp_avgs, float *const *exp_avg_sqs, const double *lr,
-                    const double *weight_decay, double beta1, double beta2, double eps, double grad_scale,
-                    int64_t step);
+LT_API int lt_adamw(const lt_parameter *list, int64_t tensors, double beta1, double beta2, double eps,
+                    double grad_scale, int64_t step, uint64_t seed);
+
+/* AdamW with its moments in 8 bits, block-wise: element e of m is book_m[codes[e]] * absmax[e / 256], and so is v.
+ * states: m's codes (uint8), its absmax (fp32), v's codes, its absmax; all of it zeros at the start. After the update a
+ * block's absmax is its largest magnitude and a code the entry that is nearest to value * (1 / absmax), the one nearer
+ * to zero where two are as near; where absmax is below 2^-126 all are zero. tables: what
+ * leantune_kernels/adamw_8bit/code_book.py makes by formula; 256 floats book_m and 256 book_v, ascending, then LT_CELLS
+ * uint32 for |m| and as many for v. A cell is a number's upper 16 bits, counted from those of 2^-23; its entry is, in
+ * the upper half, the rank in the book of the cell's lowest number, counted from 0's, and in the lower half the lower
+ * 16 bits beyond which the next rank is nearer.
+ */
+enum { LT_CODE_BLOCK = 256, LT_CELLS = 2945 };
+
+LT_API int lt_adamw_8bit(const lt_parameter *list, int64_t tensors, const void *tables, double beta1, double beta2,
+                         double eps, double grad_scale, int64_t step, uint64_t seed);
+
+/* SGD, by torch.optim.SGD's formula. states: the momentum buffer b, fp32, not needed at momentum 0.
+ *   g += weight_decay p;  b = step == 1 ? g : momentum b + (1 - dampening) g;  p -= lr (nesterov ? g + momentum b : b)
+ */
+LT_API int lt_sgd(const lt_parameter *list, int64_t tensors, double momentum, double dampening, int nesterov,
+                  double grad_scale, int64_t step, uint64_t seed);
+
+/* RMSprop, by torch.optim.RMSprop's formula. states: v; the momentum buffer b, null at momentum 0; the mean gradient a,
+ * null unless centered, which it makes it; all fp32.
+ *   g += weight_decay p;  v = alpha v + (1 - alpha) g^2;  a += (1 - alpha) (g - a);  d = g / (sqrt(v - a^2) + eps)
+ *   b = momentum b + d;  p -= lr b
+ */
+LT_API int lt_rmsprop(const lt_parameter *list, int64_t tensors, double alpha, double eps, double momentum,
+                      double grad_scale, int64_t step, uint64_t seed);
 
 /* ---- Sum of squares over a list of tensors ------------------------------------------------------------------------
- * For the global gradient norm. Tensors are contiguous, dtypes are enum lt_dtype.
+ * For the global gradient norm: of `grad`, whose types are grad_dtype; a null one counts nothing.
  */
-LT_API int lt_sum_of_squares(int64_t tensors, const int64_t *sizes, const void *const *data, const int64_t *dtypes,
-                             double *result);
+LT_API int lt_sum_of_squares(const lt_parameter *list, int64_t tensors, double *result);
+
+/* grad *= *factor, in place. */
+LT_API int lt_scale(const lt_parameter *list, int64_t tensors, const float *factor);
+
+/* The same on CUDA: `count` pieces; sums holds as many doubles; list, pieces, tables, factor, result are on the device.
+ */
+LT_API int lt_cuda_adamw(const lt_parameter *list, const lt_piece *pieces, int64_t count, double beta1, double beta2,
+                         double eps, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_adamw_8bit(const lt_parameter *list, const lt_piece *pieces, int64_t count, const void *tables,
+                              double beta1, double beta2, double eps, double grad_scale, int64_t step, uint64_t seed,
+                              void *stream);
+LT_API int lt_cuda_sgd(const lt_parameter *list, const lt_piece *pieces, int64_t count, double momentum,
+                       double dampening, int nesterov, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_rmsprop(const lt_parameter *list, const lt_piece *pieces, int64_t count, double alpha, double eps,
+                           double momentum, double grad_scale, int64_t step, uint64_t seed, void *stream);
+LT_API int lt_cuda_sum_of_squares(const lt_parameter *list, const lt_piece *pieces, int64_t count, double *sums,
+                                  double *result, void *stream);
+LT_API int lt_cuda_scale(const lt_parameter *list, const lt_piece *pieces, int64_t count, const float *factor,
+                         void *stream);
 
 /* ---- Embedding ----------------------------------------------------------------------------------------------------
  * forward:  y[t] = scale * weight[ids[t]]. An id outside [0, vocabulary) is LT_INVALID; on a device its row is NaN.
@@ -275,7 +343,7 @@ LT_API int lt_cuda_attention_backward(int dtype, const void *grad, int64_t grad_
  * For a linear layer of K inputs and N outputs with fp32 factors A [r, K] and B [N, r].
  * merge:     out [N, K] fp32 = weight + scale * B A. rank 0 is a plain copy. out may be the weight.
  * gradients: with S = x A^T and dS = scale * dy B, da [r, K] = dS^T x and db [N, r] = scale * dy^T S, overwritten, or
- *            accumulated if `accumulate`. Adapters of one call share x, which is read once; at most 16 of them.
+ *            accumulated if `accumulate`; null skips one. Adapters of one call share x, which is read once; at most 16.
  * add:       y [rows, N] += scale * (x P) Q, accumulated, with P [K, r] and Q [r, N] of any two strides each: A^T and
  *            B^T for the forward pass, B and A for the gradient of the input. y must not be x.
  */
@@ -302,6 +370,123 @@ LT_API int lt_low_rank_gradients(int dtype, const void *x, int64_t x_stride, int
 LT_API int lt_low_rank_add(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
                            int64_t p_rank_step, const float *q, int64_t q_rank_step, int64_t q_output_step, void *y,
                            int64_t y_stride, int64_t rows, int64_t inputs, int64_t rank, int64_t outputs, float scale);
+
+/* On CUDA the skinny products are functions of their own, so that S = x A^T and dS = dy B are formed once and kept:
+ * project:        s [rows, rank] fp32 = x P, P [inputs, rank] with one of its steps 1.
+ * linear:         y [rows, outputs] = x W^T + bias + scale * s B^T, in one pass; bias may be null.
+ * input_gradient: dx [rows, inputs] = sum over at most 16 layers of dy W + scale * ds A, in one pass.
+ * partials:       partials [ceil(rows / chunk_rows), rank, cols] = c^T x over each chunk of rows, c [rows, rank] fp32;
+ *                 and the sums of x and c over the chunk, x_sums [.., cols] and c_sums [.., rank], where not null.
+ * reduce:         out [rank, cols] (any steps) = scale * the sum of the chunks, added to out if `accumulate`.
+ * add needs `s`: rows * rank floats.
+ */
+typedef struct lt_cuda_low_rank_layer {
+    const void *dy, *weight; /* [rows, outputs], [outputs, inputs] */
+    int64_t dy_stride, weight_stride;
+    const float *ds, *a; /* [rows, rank], [rank, inputs] */
+    int64_t ds_stride, a_stride;
+    int64_t outputs, rank;
+    float scale;
+} lt_cuda_low_rank_layer;
+
+LT_API int lt_cuda_low_rank_merge(int dtype, const void *weight, int64_t weight_stride, const float *a,
+                                  int64_t a_stride, const float *b, int64_t b_stride, float *out, int64_t out_stride,
+                                  int64_t outputs, int64_t inputs, int64_t rank, float scale, void *stream);
+LT_API int lt_cuda_low_rank_project(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
+                                    int64_t p_rank_step, float *s, int64_t s_stride, int64_t rows, int64_t inputs,
+                                    int64_t rank, void *stream);
+LT_API int lt_cuda_low_rank_linear(int dtype, const void *x, int64_t x_stride, const void *weight,
+                                   int64_t weight_stride, const void *bias, const float *s, int64_t s_stride,
+                                   const float *b, int64_t b_stride, void *y, int64_t y_stride, int64_t rows,
+                                   int64_t inputs, int64_t outputs, int64_t rank, float scale, void *stream);
+LT_API int lt_cuda_low_rank_input_gradient(int dtype, const lt_cuda_low_rank_layer *layers, int64_t count, void *dx,
+                                           int64_t dx_stride, int64_t rows, int64_t inputs, void *stream);
+LT_API int lt_cuda_low_rank_add(int dtype, const void *x, int64_t x_stride, const float *p, int64_t p_input_step,
+                                int64_t p_rank_step, const float *q, int64_t q_rank_step, int64_t q_output_step,
+                                void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t rank, int64_t outputs,
+                                float scale, float *s, void *stream);
+LT_API int lt_cuda_low_rank_partials(int dtype, const float *c, int64_t c_stride, const void *x, int64_t x_stride,
+                                     float *partials, float *x_sums, float *c_sums, int64_t rows, int64_t chunk_rows,
+                                     int64_t rank, int64_t cols, void *stream);
+LT_API int lt_cuda_low_rank_reduce(const float *partials, int64_t chunks, int64_t chunk_stride, float *out,
+                                   int64_t out_rank_step, int64_t out_col_step, int64_t rank, int64_t cols, float scale,
+                                   int accumulate, void *stream);
+
+/* ---- Bottleneck adapter -------------------------------------------------------------------------------------------
+ * y = x + scale * (act(x D^T + down_bias) U^T + up_bias) with fp32 D = down [rank, hidden] and U = up [hidden, rank],
+ * dense; biases may be null; `activation` is an enum lt_activation. Backward forms the activation again; null dx,
+ * ddown, ddown_bias, dup or dup_bias (fp32, dense) skips it. y and dx must not be an input.
+ */
+LT_API int lt_bottleneck_forward(int dtype, const void *x, int64_t x_stride, const float *down, const float *down_bias,
+                                 const float *up, const float *up_bias, float scale, int activation, void *y,
+                                 int64_t y_stride, int64_t rows, int64_t hidden, int64_t rank);
+LT_API int lt_bottleneck_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
+                                  const float *down, const float *down_bias, const float *up, float scale,
+                                  int activation, void *dx, int64_t dx_stride, float *ddown, float *ddown_bias,
+                                  float *dup, float *dup_bias, int64_t rows, int64_t hidden, int64_t rank);
+
+/* ---- NF4 weights --------------------------------------------------------------------------------------------------
+ * 4-bit NormalFloat (QLoRA) of a dense array of `size` elements, in blocks of 64: absmax [ceil(size / 64)] is a block's
+ * largest magnitude, codes [ceil(size / 2)] hold two elements a byte, the first in the high half: the number of
+ * midpoints of the code book that element * (1 / absmax) exceeds. A block below 2^-126 becomes zeros, one with a NaN or
+ * an infinity NaN.
+ * quantise_absmax: absmax - offset in 8 bits of the signed dynamic code book, a scale for each 256 blocks. Readers take
+ * absmax, or where it is null absmax_codes [ceil(size / 64)], absmax_scales [ceil(size / 16384)] and absmax_offset [1].
+ * linear: y [rows, outputs] = x [rows, inputs] W^T + bias (null: none) for few rows; inputs is a multiple of 64.
+ */
+LT_API int lt_nf4_quantise(int dtype, const void *weight, uint8_t *codes, float *absmax, int64_t size);
+LT_API int lt_nf4_quantise_absmax(const float *absmax, const float *offset, uint8_t *codes, float *scales,
+                                  int64_t blocks);
+LT_API int lt_nf4_dequantise(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
+                             const float *absmax_scales, const float *absmax_offset, int dtype, void *out,
+                             int64_t size);
+LT_API int lt_nf4_linear(int dtype, const void *x, int64_t x_stride, const uint8_t *codes, const float *absmax,
+                         const uint8_t *absmax_codes, const float *absmax_scales, const float *absmax_offset,
+                         const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
+
+LT_API int lt_cuda_nf4_quantise(int dtype, const void *weight, uint8_t *codes, float *absmax, int64_t size,
+                                void *stream);
+LT_API int lt_cuda_nf4_quantise_absmax(const float *absmax, const float *offset, uint8_t *codes, float *scales,
+                                       int64_t blocks, void *stream);
+LT_API int lt_cuda_nf4_dequantise(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
+                                  const float *absmax_scales, const float *absmax_offset, int dtype, void *out,
+                                  int64_t size, void *stream);
+LT_API int lt_cuda_nf4_linear(int dtype, const void *x, int64_t x_stride, const uint8_t *codes, const float *absmax,
+                              const uint8_t *absmax_codes, const float *absmax_scales, const float *absmax_offset,
+                              const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs,
+                              int64_t outputs, void *stream);
+
+/* ---- int8 weights and activations ---------------------------------------------------------------------------------
+ * Row by row: scales [rows] = absmax / 127, codes [rows, cols] (dense) = x * (127 / absmax) rounded to the nearest,
+ * ties to even. A row below 2^-119 becomes zeros; one with a NaN or an infinity has codes 0 and the scale NaN. linear:
+ * y [rows, outputs] = x [rows, inputs] W^T + bias (null: none) for few rows.
+ */
+LT_API int lt_int8_quantise(int dtype, const void *x, int64_t x_stride, int8_t *codes, float *scales, int64_t rows,
+                            int64_t cols);
+LT_API int lt_int8_dequantise(const int8_t *codes, const float *scales, int dtype, void *out, int64_t out_stride,
+                              int64_t rows, int64_t cols);
+LT_API int lt_int8_linear(int dtype, const void *x, int64_t x_stride, const int8_t *codes, const float *scales,
+                          const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
+
+LT_API int lt_cuda_int8_quantise(int dtype, const void *x, int64_t x_stride, int8_t *codes, float *scales, int64_t rows,
+                                 int64_t cols, void *stream);
+LT_API int lt_cuda_int8_dequantise(const int8_t *codes, const float *scales, int dtype, void *out, int64_t out_stride,
+                                   int64_t rows, int64_t cols, void *stream);
+LT_API int lt_cuda_int8_linear(int dtype, const void *x, int64_t x_stride, const int8_t *codes, const float *scales,
+                               const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs,
+                               int64_t outputs, void *stream);
+
+/* ---- Activations kept in bf16 -------------------------------------------------------------------------------------
+ * packed [rows, cols] (dense) is x rounded to the nearest bf16, ties to even; unpack is the way back. For 8 bits a row
+ * see int8_quantise and int8_dequantise.
+ */
+LT_API int lt_pack_bf16(int dtype, const void *x, int64_t x_stride, void *packed, int64_t rows, int64_t cols);
+LT_API int lt_unpack_bf16(const void *packed, int dtype, void *out, int64_t out_stride, int64_t rows, int64_t cols);
+
+LT_API int lt_cuda_pack_bf16(int dtype, const void *x, int64_t x_stride, void *packed, int64_t rows, int64_t cols,
+                             void *stream);
+LT_API int lt_cuda_unpack_bf16(const void *packed, int dtype, void *out, int64_t out_stride, int64_t rows, int64_t cols,
+                               void *stream);
 
 #ifdef __cplusplus
 }

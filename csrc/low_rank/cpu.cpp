@@ -3,51 +3,20 @@
 // its products before the next one, in place if it is fp32, else as a widened copy. S and dS exist for one block at a
 // time.
 #include "kernel.h"
-#include "tile.h"
+#include "skinny.h"
 
 namespace lt {
 namespace LT_ISA {
 namespace {
 
 constexpr int64_t kMostAdapters = 16;
-constexpr int64_t kMostChunks = 16;         // partial sums of the gradients: a fixed number, whatever the threads
-constexpr int64_t kPartialBytes = 16 << 20; // fewer chunks where the partial sums of a large layer pass this
-constexpr int64_t kBlockBytes = 768 << 10;  // a block of x and of dy, for a second-level cache of 1 MiB or more
-constexpr int64_t kBlockRows = 48;          // a multiple of the rows of every tile
-constexpr int64_t kStreamedRows = 8;        // rows of y that are written together
-constexpr int64_t kRowsPerTask = 8;         // of a merge
-constexpr int64_t kSlice = 128;             // columns of partial sums that are one task
-
-LT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-LT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-LT_INLINE int64_t quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// out = base + sum for a vector of which only the first `left` lanes exist. Kept out of the tiles, where it is rare.
-template <class T, class U>
-__attribute__((noinline, cold)) void put_part(const T *base, U *out, const vf *sum, int64_t left) {
-    store_part(out, load_part(base, left) + *sum, left);
-}
-template <class T, class U> LT_INLINE void put(const T *base, U *out, vf sum, int64_t left) {
-    if (left >= W)
-        store(out, load(base) + sum);
-    else
-        put_part(base, out, &sum, left);
-}
+constexpr int64_t kRowsPerTask = 8; // of a merge
 
 // s [rows, rank] = scale * b factor, with a packed factor [depth, rank].
 void project(int64_t rows, int64_t depth, block b, const float *factor, int64_t rank, float scale, float *s,
              int64_t s_stride) {
     tiled_product(rows, rank / W, depth, b.rows, b.stride, 1, factor, rank,
                   [=](int64_t t, int64_t j, vf sum) { store(s + t * s_stride + j, sum * scale); });
-}
-
-// coefficients [rows, depth] x [depth, cols], for results that go to memory: a few rows at a time stream through.
-template <class Sink>
-void streamed_product(int64_t rows, int64_t cols, int64_t depth, const float *coefficients, int64_t row_step,
-                      const float *x, int64_t x_stride, Sink sink) {
-    for (int64_t t = 0; t < rows; t += kStreamedRows)
-        tiled_product(smaller(kStreamedRows, rows - t), quotient(cols, W), depth, coefficients + t * row_step, row_step,
-                      1, x, x_stride, [=](int64_t i, int64_t n, vf sum) { sink(t + i, n, sum); });
 }
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
@@ -62,7 +31,9 @@ struct gradient_plan {
     int64_t packed_b[kMostAdapters];       // offset from the first packed B
     int64_t partial_a[kMostAdapters];      // offset of dA in a chunk's partial sums
     int64_t partial_b[kMostAdapters];      // offset of dB^T
-    int64_t packed_size, partial_size, block_rows, chunk_rows, chunks, thread_size;
+    int64_t packed_size, partial_size, thread_size;
+    row_chunks over;
+    bool need_s; // whether any adapter asks for db
     float *packed_as, *packed_bs, *partials, *blocks;
 
     int64_t b_stride(int64_t i) const { return whole_vectors(adapters[i].outputs); } // of a partial dB^T [r, N]
@@ -86,21 +57,15 @@ gradient_plan plan_gradients(int dtype, const lt_low_rank_adapter *adapters, int
         widest = larger(widest, a.outputs);
         p.packed_b[i] = p.packed_size;
         p.packed_size += a.outputs * whole_vectors(a.rank);
+        p.need_s |= a.db != nullptr;
         p.partial_a[i] = p.partial_size;
-        p.partial_b[i] = p.partial_size + a.rank * p.a_stride();
-        p.partial_size += a.rank * (p.a_stride() + p.b_stride(i));
+        p.partial_size += a.da ? a.rank * p.a_stride() : 0;
+        p.partial_b[i] = p.partial_size;
+        p.partial_size += a.db ? a.rank * p.b_stride(i) : 0;
     }
     p.packed_size += inputs * p.s_stride;
-    p.block_rows = kBlockRows;
-    while (p.block_rows > 12 && p.block_rows * (inputs + widest) * 4 > kBlockBytes)
-        p.block_rows /= 2;
-    const int64_t affordable = kPartialBytes / (larger(p.partial_size, 1) * 4);
-    const int64_t most = larger(4, smaller(kMostChunks, affordable));
-    p.chunk_rows = quotient(quotient(rows, most), p.block_rows) * p.block_rows;
-    if (p.block_rows == kBlockRows && rows > kBlockRows) // half a block more or less, for chunks of equal size
-        p.chunk_rows = larger(quotient(quotient(rows, most), kBlockRows / 2) * (kBlockRows / 2), kBlockRows);
-    p.chunks = rows ? quotient(rows, p.chunk_rows) : 0;
-    p.thread_size = p.block_rows * (p.x_stride + p.dy_stride + 2 * p.s_stride);
+    p.over = plan_chunks(rows, inputs + widest, p.partial_size);
+    p.thread_size = p.over.block_rows * (p.x_stride + p.dy_stride + 2 * p.s_stride);
     return p;
 }
 
@@ -110,71 +75,30 @@ void pack_adapter(const gradient_plan &p, int64_t i) {
     pack_factor(a.b, a.b_stride, 1, 0, a.outputs, a.rank, p.packed_bs + p.packed_b[i], whole_vectors(a.rank));
 }
 
-// target [r, columns] (+)= coefficients^T block, over the rows of the block.
-void add_outer(float *target, int64_t stride, bool first, int64_t rank, int64_t rows, const float *coefficients,
-               int64_t s_stride, block b) {
-    tiled_product(rank, stride / W, rows, coefficients, 1, s_stride, b.rows, b.stride,
-                  [=](int64_t j, int64_t k, vf sum) {
-                      float *to = target + j * stride + k;
-                      store(to, first ? sum : load(to) + sum);
-                  });
-}
-
 // One block of rows: S and dS, and what they add to the partial sums. x and dy are read from memory here and only here.
 template <class T>
 void gradient_block(const gradient_plan &p, const T *x, int64_t x_stride, int64_t begin, int64_t rows, bool first,
                     float *partial, float *scratch) {
-    float *s = scratch, *ds = s + p.block_rows * p.s_stride;
-    float *x_copy = ds + p.block_rows * p.s_stride, *dy_copy = x_copy + p.block_rows * p.x_stride;
+    float *s = scratch, *ds = s + p.over.block_rows * p.s_stride;
+    float *x_copy = ds + p.over.block_rows * p.s_stride, *dy_copy = x_copy + p.over.block_rows * p.x_stride;
     const block x_block = block_of(x + begin * x_stride, x_stride, rows, p.inputs, x_copy, p.x_stride);
-    project(rows, p.inputs, x_block, p.packed_as, p.s_stride, 1.0f, s, p.s_stride);
+    if (p.need_s)
+        project(rows, p.inputs, x_block, p.packed_as, p.s_stride, 1.0f, s, p.s_stride);
     for (int64_t i = 0; i < p.count; ++i) {
         const lt_low_rank_adapter &a = p.adapters[i];
         const block dy_block = block_of(static_cast<const T *>(a.dy) + begin * a.dy_stride, a.dy_stride, rows,
                                         a.outputs, dy_copy, p.dy_stride);
-        project(rows, a.outputs, dy_block, p.packed_bs + p.packed_b[i], whole_vectors(a.rank), a.scale,
-                ds + p.s_column[i], p.s_stride);
-        add_outer(partial + p.partial_b[i], p.b_stride(i), first, a.rank, rows, s + p.s_column[i], p.s_stride,
-                  dy_block);
+        if (a.da)
+            project(rows, a.outputs, dy_block, p.packed_bs + p.packed_b[i], whole_vectors(a.rank), a.scale,
+                    ds + p.s_column[i], p.s_stride);
+        if (a.db)
+            add_outer(partial + p.partial_b[i], p.b_stride(i), first, a.rank, rows, s + p.s_column[i], p.s_stride,
+                      dy_block);
     }
     for (int64_t i = 0; i < p.count; ++i)
-        add_outer(partial + p.partial_a[i], p.a_stride(), first, p.adapters[i].rank, rows, ds + p.s_column[i],
-                  p.s_stride, x_block);
-}
-
-// Sum over the chunks, in their order, of W neighbours.
-LT_INLINE vf sum_partials(const gradient_plan &p, int64_t offset) {
-    vf total = {};
-    for (int64_t c = 0; c < p.chunks; ++c)
-        total += load(p.partials + c * p.partial_size + offset);
-    return total;
-}
-
-void finish_da(const gradient_plan &p, int64_t i, int64_t begin, int64_t end, bool accumulate) {
-    const lt_low_rank_adapter &a = p.adapters[i];
-    for (int64_t j = 0; j < a.rank; ++j)
-        for (int64_t k = begin; k < end; k += W) {
-            const vf total = sum_partials(p, p.partial_a[i] + j * p.a_stride() + k);
-            float *to = a.da + j * a.da_stride + k;
-            if (accumulate)
-                put(to, to, total, end - k);
-            else if (end - k >= W)
-                store(to, total);
-            else
-                store_part(to, total, end - k);
-        }
-}
-
-void finish_db(const gradient_plan &p, int64_t i, int64_t begin, int64_t end, bool accumulate) {
-    const lt_low_rank_adapter &a = p.adapters[i];
-    for (int64_t n = begin; n < end; n += W)
-        for (int64_t j = 0; j < a.rank; ++j) {
-            const vf total = sum_partials(p, p.partial_b[i] + j * p.b_stride(i) + n) * a.scale;
-            for (int l = 0; l < W && n + l < end; ++l) {
-                float *to = a.db + (n + l) * a.db_stride + j;
-                *to = accumulate ? *to + total[l] : total[l];
-            }
-        }
+        if (p.adapters[i].da)
+            add_outer(partial + p.partial_a[i], p.a_stride(), first, p.adapters[i].rank, rows, ds + p.s_column[i],
+                      p.s_stride, x_block);
 }
 
 // ---- y += scale * (x P) Q -------------------------------------------------------------------------------------------
@@ -238,7 +162,7 @@ LT_DEFINE(low_rank_gradients,
                         (long long)kMostAdapters);
     gradient_plan p = plan_gradients(dtype, adapters, count, rows, inputs);
     const int64_t blocks = lt::max_threads() * p.thread_size;
-    const int64_t size = p.packed_size + p.chunks * p.partial_size + blocks;
+    const int64_t size = p.packed_size + p.over.chunks * p.partial_size + blocks;
     p.packed_as = static_cast<float *>(lt::thread_scratch(larger(size, 1) * 4));
     if (!p.packed_as)
         return lt::fail(LT_NO_MEMORY,
@@ -247,25 +171,30 @@ LT_DEFINE(low_rank_gradients,
                         (long long)size * 4);
     p.packed_bs = p.packed_as + inputs * p.s_stride;
     p.partials = p.packed_as + p.packed_size;
-    p.blocks = p.partials + p.chunks * p.partial_size;
+    p.blocks = p.partials + p.over.chunks * p.partial_size;
     return with_dtype(dtype, "x", [&](auto t) {
         typedef decltype(t) T;
         const T *x = static_cast<const T *>(x_);
         parallel_for(count, 1, [&](int64_t i, int64_t, int) { pack_adapter(p, i); });
-        parallel_for(rows, p.chunk_rows, [&](int64_t begin, int64_t end, int thread) {
-            float *partial = p.partials + begin / p.chunk_rows * p.partial_size;
-            for (int64_t t = begin; t < end; t += p.block_rows)
-                gradient_block(p, x, x_stride, t, smaller(p.block_rows, end - t), t == begin, partial,
+        parallel_for(rows, p.over.chunk_rows, [&](int64_t begin, int64_t end, int thread) {
+            float *partial = p.partials + begin / p.over.chunk_rows * p.partial_size;
+            for (int64_t t = begin; t < end; t += p.over.block_rows)
+                gradient_block(p, x, x_stride, t, smaller(p.over.block_rows, end - t), t == begin, partial,
                                p.blocks + thread * p.thread_size);
         });
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t a_slices = quotient(inputs, kSlice), b_slices = quotient(adapters[i].outputs, kSlice);
+            const int64_t a_slices = adapters[i].da ? quotient(inputs, kSlice) : 0;
+            const int64_t b_slices = adapters[i].db ? quotient(adapters[i].outputs, kSlice) : 0;
+            const partial_sums sums = {p.partials, p.over.chunks, p.partial_size};
             parallel_for(a_slices + b_slices, 1, [&](int64_t slice, int64_t, int) {
+                const lt_low_rank_adapter &a = adapters[i];
                 const int64_t begin = (slice < a_slices ? slice : slice - a_slices) * kSlice;
                 if (slice < a_slices)
-                    finish_da(p, i, begin, smaller(begin + kSlice, inputs), accumulate);
+                    finish_rows(sums, p.partial_a[i], p.a_stride(), a.rank, begin, smaller(begin + kSlice, inputs),
+                                1.0f, accumulate, a.da, a.da_stride);
                 else
-                    finish_db(p, i, begin, smaller(begin + kSlice, adapters[i].outputs), accumulate);
+                    finish_columns(sums, p.partial_b[i], p.b_stride(i), a.rank, begin,
+                                   smaller(begin + kSlice, a.outputs), a.scale, accumulate, a.db, a.db_stride);
             });
         }
         return (int)LT_OK;

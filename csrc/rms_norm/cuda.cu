@@ -30,10 +30,10 @@ __device__ void scale(const Vec<T, N> &x, float rstd, const U *weight, T *y, int
 
 // With s, x + residual is stored there and takes x's place; s may be x or residual, as each thread writes only what it
 // alone has read.
-// budget: 64 registers, 32 bytes shared
+// budget: 80 registers, 32 bytes shared
 // claims: LDG.128 STG.128
 template <class T, class U, int N>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     rms_norm_forward_kernel(const T *x, int64_t x_stride, const T *residual, int64_t residual_stride, T *s,
                             int64_t s_stride, const U *weight, T *y, int64_t y_stride, float *rstd, int64_t rows,
                             int64_t cols, float eps) {

@@ -2,7 +2,7 @@
 
 Flavours: `plain` is fast; `sanitized` runs under AddressSanitizer and UndefinedBehaviorSanitizer, for which libasan
 must be loaded before Python (see host.py); `traced` reports every memory access to runtime/trace.cpp, which finds races
-and counts traffic. The result is build/cuda_host/<flavour>/libleantune_cuda_host.so; what has not changed is not compiled.
+and counts traffic. The result is build/cuda_host/<flavour>/libleantune_cuda_host.so; only what has changed is compiled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OUTPUT = ROOT / "build" / "cuda_host"
 COMMON = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-march=native", "-ffp-contract=fast"]
 COMMON += ["-fno-math-errno", "-fno-strict-aliasing", "-fno-ipa-icf", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 COMMON += ["-DLT_CUDA_HOST", f"-I{HERE / 'include'}", f"-I{CSRC / 'include'}", f"-I{CSRC / 'common'}"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 TRACE = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]  # the calls, not the library behind them
 
 # flavour: (flags of the kernels, flags of the runtime, flags of the link)
@@ -73,6 +73,20 @@ def build(flavour: str, sources: Iterable[Path] | None = None, name: str = "lean
             new.rename(library)  # a process that has the old one open keeps it
             linked_from.write_text(listing)
     return library
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What must be in the environment of a process, before it starts, that loads the sanitized flavour."""
+    compiler = os.environ.get("CXX", "g++")
+    runtimes = [
+        subprocess.check_output([compiler, f"-print-file-name=lib{name}.so"], text=True).strip()
+        for name in ("asan", "ubsan")
+    ]
+    return {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
 
 
 def _run(command: list[str]) -> None:

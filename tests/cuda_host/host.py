@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,10 @@ from pathlib import Path
 
 import torch
 
+import leantune_kernels
 from cuda_host.build import build
+from leantune_kernels import cuda, testing
+from leantune_kernels.dispatch import Op
 
 
 def library(flavour: str) -> Path:
@@ -21,15 +23,9 @@ def library(flavour: str) -> Path:
     return build(flavour)
 
 
-def sanitizer_environment() -> dict[str, str]:
-    """What a process that loads the sanitized flavour needs in its environment before it starts."""
-    runtimes = [subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
-                for name in ("asan", "ubsan")]  # fmt: skip
-    return {
-        "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
+def cuda_ops() -> list[str]:
+    """The ops that have a CUDA implementation."""
+    return [op for op in leantune_kernels.ops() if Op(f"leantune_kernels.{op}").implementation("cuda") is not None]
 
 
 @contextmanager
@@ -38,8 +34,6 @@ def kernels(flavour: str) -> Iterator[ctypes.CDLL]:
 
     PyTorch keeps to one thread meanwhile: the tensors are small.
     """
-    from leantune_kernels import cuda
-
     path = library(flavour)
     opened, forced, threads = cuda.library(), os.environ.get("LEANTUNE_IMPL"), torch.get_num_threads()
     cuda.use_library(path, device="cpu")
@@ -64,9 +58,6 @@ class Bytes:
     loaded: int
     stored: int
 
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.loaded + other.loaded, self.stored + other.stored)
-
 
 @dataclass(frozen=True)
 class Traffic:
@@ -76,14 +67,6 @@ class Traffic:
     requested: Bytes
     per_block: Bytes
     per_launch: Bytes
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.requested + other.requested, self.per_block + other.per_block, self.per_launch + other.per_launch
-        )
-
-
-NO_TRAFFIC = Traffic(*[Bytes(0, 0)] * 3)
 
 
 def read_traffic(traced: ctypes.CDLL) -> dict[str, Traffic]:
@@ -99,9 +82,7 @@ def read_traffic(traced: ctypes.CDLL) -> dict[str, Traffic]:
 
 
 def traffic(op: str, case: str, dtype: torch.dtype = torch.float32) -> dict[str, Traffic]:
-    """Traffic by kernel of one case of an op's cases.py, forward and backward: sum(result.values(), NO_TRAFFIC)."""
-    from leantune_kernels import testing
-
+    """Traffic by kernel of one case of an op's cases.py, forward and backward."""
     module = importlib.import_module(f"leantune_kernels.{op}.cases")
     [chosen] = [c for c in module.CASES if c.name == case]
     with kernels("traced") as traced:
@@ -109,3 +90,9 @@ def traffic(op: str, case: str, dtype: torch.dtype = torch.float32) -> dict[str,
         traced.lt_host_traffic_reset()
         testing.run(module.function, inputs, chosen)
         return read_traffic(traced)
+
+
+def moved(op: str, case: str, dtype: torch.dtype = torch.float32) -> Bytes:
+    """What memory sees of one case, forward and backward, all kernels together: each byte once a launch."""
+    each = [found.per_launch for found in traffic(op, case, dtype).values()]
+    return Bytes(sum(b.loaded for b in each), sum(b.stored for b in each))

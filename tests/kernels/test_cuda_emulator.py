@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cuda_host import host
-from cuda_host.build import CSRC, FLAVOURS, HERE, build
+from cuda_host.build import CSRC, FLAVOURS, HERE, build, sanitizer_environment
 
 LAUNCH_FAILURE, INVALID_CONFIGURATION = 719, 9
 
@@ -156,7 +156,7 @@ REPORTS = {
 def test_the_sanitizers_report_a_planted_bug(name, paths):
     def sanitized(broken: bool) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", PROGRAM, str(paths["sanitized"]), name, str(int(broken))]
-        environment = {**os.environ, **host.sanitizer_environment()}
+        environment = {**os.environ, **sanitizer_environment()}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
     repaired, broken = sanitized(False), sanitized(True)

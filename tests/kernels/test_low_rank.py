@@ -16,7 +16,7 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=["reference", "cpu:base", "cpu:avx2", "cpu:avx512"], autouse=True)
+@pytest.fixture(params=["reference", "triton", "cpu:base", "cpu:avx2", "cpu:avx512"], autouse=True)
 def implementation(request, monkeypatch):
     from leantune_kernels.cpu import lib
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from leantune_kernels.checks import FLOATS
 from leantune_kernels.dispatch import Op
+from leantune_kernels.tensor_list import ParameterTable, PerTensor, State
 
 OP = Op(__name__)
 
@@ -24,22 +24,27 @@ def adamw_step(
     exp_avg_sqs: Sequence[torch.Tensor],
     *,
     step: int,
-    lr: float | Sequence[float],
+    lr: PerTensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float | Sequence[float] = 0.0,
+    weight_decay: PerTensor = 0.0,
     grad_scale: float = 1.0,
+    masters: Sequence[torch.Tensor | None] | None = None,
+    seed: int = 0,
 ) -> None:
     """One AdamW update of `params` in place, with their moments `exp_avgs` (m) and `exp_avg_sqs` (v).
 
-    params, m, v: contiguous float32 of equal shapes. grads: float32, bfloat16 or float16, any strides (copied
-    where not contiguous); a tensor whose gradient is None is left as it is. step: 1 for the first update. lr,
-    weight_decay: one number for all or one for each tensor. grad_scale multiplies every gradient, as for
-    clipping. Raises ValueError that names the tensor. Who steps the same tensors again and again keeps an
-    AdamWTable instead.
+    params: contiguous, float32, bfloat16 or float16, each its own. m, v: contiguous float32 of equal shapes.
+    masters: None, or for each parameter None or its contiguous float32 copy, which is updated in its stead and
+    rounded to nearest into it; a bfloat16 parameter without one is rounded stochastically, with noise keyed by
+    (seed, step, tensor, element), and float16 needs one. grads: float32, bfloat16 or float16, any strides
+    (copied where not contiguous); a tensor whose gradient is None is left as it is. step: 1 for the first
+    update. lr, weight_decay: one number for all or one for each tensor. grad_scale multiplies every gradient,
+    as for clipping. Raises ValueError that names the tensor. Who steps the same tensors again and again keeps
+    an AdamWTable instead.
     """
-    AdamWTable(params, exp_avgs, exp_avg_sqs).step(
+    AdamWTable(params, exp_avgs, exp_avg_sqs, masters).step(
         grads,
         step=step,
         lr=lr,
@@ -48,90 +53,57 @@ def adamw_step(
         eps=eps,
         weight_decay=weight_decay,
         grad_scale=grad_scale,
+        seed=seed,
     )
 
 
-class AdamWTable:
+class AdamWTable(ParameterTable):
     """The tensors of `adamw_step`, checked once and reused every step.
 
     It keeps the memory that the tensors have now: after `p.data = ...` or `module.to(...)` make a new one.
     """
+
+    op = OP
 
     def __init__(
         self,
         params: Sequence[torch.Tensor],
         exp_avgs: Sequence[torch.Tensor],
         exp_avg_sqs: Sequence[torch.Tensor],
+        masters: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
-        self.params = [p.detach() for p in params]
-        self.exp_avgs, self.exp_avg_sqs = list(exp_avgs), list(exp_avg_sqs)
-        for name, tensors in (
-            ("params", self.params),
-            ("exp_avgs", self.exp_avgs),
-            ("exp_avg_sqs", self.exp_avg_sqs),
-        ):
-            if len(tensors) != len(self.params):
-                raise ValueError(f"{name} has {len(tensors)} tensors; params has {len(self.params)}")
-            for i, (t, p) in enumerate(zip(tensors, self.params, strict=True)):
-                if t.dtype != torch.float32 or t.shape != p.shape or t.device != p.device or not t.is_contiguous():
-                    raise ValueError(
-                        f"{name}[{i}] is {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()} on "
-                        f"{t.device}; it must be contiguous float32 of shape {tuple(p.shape)} on {p.device}"
-                    )
-        columns = ([t.numel() for t in self.params], *([t.data_ptr() for t in ts] for ts in self._tensors()))
-        self.addresses = torch.tensor(columns, dtype=torch.int64)  # [4, tensors]: sizes, params, m, v
-
-    def _tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        return self.params, self.exp_avgs, self.exp_avg_sqs
+        super().__init__(params, [State("exp_avgs", exp_avgs), State("exp_avg_sqs", exp_avg_sqs)], masters)
 
     def step(
         self,
         grads: Sequence[torch.Tensor | None],
         *,
         step: int,
-        lr: float | Sequence[float],
+        lr: PerTensor,
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,
-        weight_decay: float | Sequence[float] = 0.0,
+        weight_decay: PerTensor = 0.0,
         grad_scale: float = 1.0,
+        seed: int = 0,
     ) -> None:
         """One update; see adamw_step."""
-        if step < 1:
-            raise ValueError(f"step={step} must be 1 for the first update, then 2 and so on")
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"{name}={beta} is outside [0, 1)")
-        given = self._checked(grads)
-        if not self.params:
-            return
-        OP.pick(self.params[0]).update(
-            self,
-            given,
+        check_betas(beta1, beta2)
+        self.run(
+            grads,
             step=step,
-            lr=self._per_tensor(lr, "lr"),
+            lr=lr,
+            weight_decay=weight_decay,
+            seed=seed,
             beta1=beta1,
             beta2=beta2,
             eps=eps,
-            weight_decay=self._per_tensor(weight_decay, "weight_decay"),
             grad_scale=grad_scale,
         )
 
-    def _checked(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        if len(grads) != len(self.params):
-            raise ValueError(f"grads has {len(grads)} entries; params has {len(self.params)}")
-        for i, (g, p) in enumerate(zip(grads, self.params, strict=True)):
-            if g is not None and (g.shape != p.shape or g.dtype not in FLOATS or g.device != p.device):
-                raise ValueError(
-                    f"grads[{i}] is {g.dtype} of shape {tuple(g.shape)} on {g.device}; it must be float32, "
-                    f"bfloat16 or float16 of shape {tuple(p.shape)} on {p.device}"
-                )
-        return [None if g is None else g.detach().contiguous() for g in grads]
 
-    def _per_tensor(self, value: float | Sequence[float], name: str) -> list[float]:
-        values = [float(value)] * len(self.params) if isinstance(value, (int, float)) else [float(v) for v in value]
-        if len(values) != len(self.params):
-            raise ValueError(
-                f"{name} has {len(values)} numbers; give one for all or one for each of {len(self.params)}"
-            )
-        return values
+def check_betas(beta1: float, beta2: float) -> None:
+    """ValueError that names the decay rate outside [0, 1)."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name}={beta} is outside [0, 1)")

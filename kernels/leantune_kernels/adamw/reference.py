@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.tensor_list import write_back
+
 
 def plain(  # type: ignore[no-untyped-def]
     p, g, m, v, *, step, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_scale=1.0
@@ -20,10 +22,13 @@ def refuses(x: torch.Tensor) -> str | None:
     return None
 
 
-def update(table, grads, *, lr, weight_decay, **numbers):  # type: ignore[no-untyped-def]
-    tensors = zip(table.params, grads, table.exp_avgs, table.exp_avg_sqs, lr, weight_decay, strict=True)
-    for p, g, m, v, lr_of_p, decay_of_p in tensors:
+def update(table, grads, *, lr, weight_decay, seed, step, **numbers):  # type: ignore[no-untyped-def]
+    for i, (p, master, g, m, v) in enumerate(zip(table.params, table.masters, grads, *table.states, strict=True)):
         if g is not None:
-            results = plain(p, g.float(), m, v, lr=lr_of_p, weight_decay=decay_of_p, **numbers)
-            for target, result in zip((p, m, v), results, strict=True):
-                target.copy_(result)
+            value = p.float() if master is None else master
+            value, new_m, new_v = plain(
+                value, g.float(), m, v, step=step, lr=lr[i], weight_decay=weight_decay[i], **numbers
+            )
+            m.copy_(new_m)
+            v.copy_(new_v)
+            write_back(table, i, value, seed=seed, step=step)

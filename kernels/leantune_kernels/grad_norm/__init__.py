@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -20,6 +19,40 @@ def grad_norm(grads: Iterable[torch.Tensor | None]) -> float:
     is skipped. Squares are fp32, sums of blocks fp64; infinity and NaN reach the result. Raises ValueError
     that names the tensor.
     """
+    return float(grad_norm_tensor(grads))
+
+
+def grad_norm_tensor(grads: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """grad_norm as a float64 tensor of no dimensions on the gradients' device; the host does not wait for it."""
+    given = [g.contiguous() for g in _checked(grads)]
+    if not given:
+        return torch.zeros((), dtype=torch.float64)
+    return OP.pick(given[0]).sum_of_squares(given).sqrt()
+
+
+def clip_grad_norm_(grads: Iterable[torch.Tensor | None], max_norm: float) -> torch.Tensor:
+    """Scales `grads` in place so that their norm is at most `max_norm`; returns the norm they had.
+
+    As torch.nn.utils.clip_grad_norm_, on tensors of gradients: float32, bfloat16 or float16, contiguous; None is
+    skipped. The norm is a float64 tensor of no dimensions on their device, and nothing waits for it. Gradients
+    within the norm are read once and not written. A norm of infinity makes finite gradients 0, NaN makes all NaN.
+    An optimizer's grad_scale clips without this pass. Raises ValueError that names the tensor or max_norm.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm={max_norm} must be 0 or more")
+    given = _checked(grads)
+    if not given:
+        return torch.zeros((), dtype=torch.float64)
+    for i, g in enumerate(given):
+        if not g.is_contiguous():
+            raise ValueError(f"gradient {i} has strides {g.stride()}; it must be contiguous to be scaled in place")
+    implementation = OP.pick(given[0])
+    norm = implementation.sum_of_squares(given).sqrt()
+    implementation.scale(given, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
+    return norm
+
+
+def _checked(grads: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
     given = [(i, g.detach()) for i, g in enumerate(grads) if g is not None]
     for i, g in given:
         if g.dtype not in FLOATS or g.device != given[0][1].device:
@@ -27,9 +60,7 @@ def grad_norm(grads: Iterable[torch.Tensor | None]) -> float:
                 f"grads[{i}] is {g.dtype} on {g.device}; gradients must be float32, bfloat16 or float16, "
                 "all on one device"
             )
-    if not given:
-        return 0.0
-    return math.sqrt(OP.pick(given[0][1]).sum_of_squares([g for _, g in given]))
+    return [g for _, g in given]
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.cpu import DTYPE_CODES, lib, refuses
+from leantune_kernels.cpu import lib, refuses
+from leantune_kernels.tensor_list import grad_rows
 
-__all__ = ["refuses", "sum_of_squares"]
+__all__ = ["refuses", "scale", "sum_of_squares"]
 
 
-def sum_of_squares(grads: list[torch.Tensor]) -> float:
-    dense = [g.contiguous() for g in grads]
-    columns = [
-        [g.numel() for g in dense],
-        [g.data_ptr() for g in dense],
-        [DTYPE_CODES[g.dtype] for g in dense],
-    ]
-    sizes, data, dtypes = torch.tensor(columns, dtype=torch.int64)
+def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
+    rows = grad_rows(grads)
     result = torch.empty((), dtype=torch.float64)
-    lib.sum_of_squares(len(dense), sizes.data_ptr(), data.data_ptr(), dtypes.data_ptr(), result.data_ptr())
-    return result.item()
+    lib.sum_of_squares(rows.data_ptr(), len(rows), result.data_ptr())
+    return result
+
+
+def scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
+    rows = grad_rows(grads)
+    lib.scale(rows.data_ptr(), len(rows), factor.data_ptr())

@@ -13,5 +13,10 @@ def refuses(x: torch.Tensor) -> str | None:
     return None
 
 
-def sum_of_squares(grads: list[torch.Tensor]) -> float:
-    return float(sum(g.float().square().sum(dtype=torch.float64) for g in grads))
+def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([g.float().square().sum(dtype=torch.float64) for g in grads]).sum()
+
+
+def scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
+    for g in grads:
+        g.copy_(g.float() * factor)

@@ -1,20 +1,23 @@
-"""LoRA's low-rank products: y = x W^T + bias + scale * (x A^T) B^T (Hu et al. 2021, arXiv:2106.09685).
+"""Linear layers with LoRA: y = x W^T + bias + scale * (x A^T) B^T, alone and in groups that share x, input dropout.
 
-Shapes: T rows (tokens), K inputs, N outputs, r rank. x [T, K]; dy, y [T, N]; weight [N, K]; A [r, K] and
-B [N, r], both float32. x, dy and y are float32, bfloat16 or float16, alike within a call, rows any distance
-apart.
+Hu et al. 2021, arXiv:2106.09685. Shapes: T rows (tokens), K inputs, N outputs, r rank. x [T, K]; dy, y [T, N];
+weight [N, K]; A [r, K] and B [N, r], both float32. x, dy and y are float32, bfloat16 or float16, alike within a call,
+rows any distance apart. S = x A^T and dS = dy B, [T, r] float32, are formed once where an implementation keeps them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from leantune_kernels import dropout as _dropout
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 
 OP = Op(__name__)
+MOST_LAYERS = 16
 
 
 class Adapter(NamedTuple):
@@ -26,7 +29,18 @@ class Adapter(NamedTuple):
     scale: float
 
 
-Gradients = tuple[torch.Tensor, torch.Tensor]  # dA [r, K] and dB [N, r], float32
+class LoRALayer(NamedTuple):
+    """A linear layer and its adapter: weight [N, K] and bias [N] in x's dtype, A [r, K] and B [N, r] float32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+
+
+# dA [r, K] and dB [N, r], float32; None is not computed.
+Gradients = tuple["torch.Tensor | None", "torch.Tensor | None"]
 
 
 def lora_linear(
@@ -36,18 +50,35 @@ def lora_linear(
     A: torch.Tensor,
     B: torch.Tensor,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
 ) -> torch.Tensor:
-    """x W^T + bias + scale * (x A^T) B^T for `x` [..., K], differentiable in x, weight, bias, A and B.
+    """x W^T + bias + scale * (d(x) A^T) B^T for `x` [..., K], differentiable in x, weight, bias, A and B.
 
-    weight [N, K] and bias [N] have x's dtype; A [r, K] and B [N, r] are float32. Raises ValueError otherwise.
+    weight [N, K] and bias [N] have x's dtype; A [r, K] and B [N, r] are float32. d is dropout with probability
+    `dropout_p`; its mask is leantune_kernels.dropout's for (seed, offset), made again in the backward pass. Raises
+    ValueError for what does not fit.
     """
-    inputs = x.shape[-1]
-    expect_dims("weight", weight, "N", "K")
-    _check_factors(A, B, weight.shape[0], inputs, x.device)
-    expect("weight", weight, (weight.shape[0], inputs), x.dtype, x.device)
-    if bias is not None:
-        expect("bias", bias, weight.shape[:1], x.dtype, x.device)
-    return _LoRALinear.apply(x, weight, bias, A, B, scale)
+    layer = LoRALayer(weight, bias, A, B, scale)
+    _check_layer(layer, x)
+    _dropout.check(dropout_p, seed, offset)
+    key = (dropout_p, seed, offset) if dropout_p else None
+    return _LoRALinear.apply(x, (scale,), key, *layer[:4])[0]
+
+
+def lora_linear_group(x: torch.Tensor, layers: Sequence[LoRALayer]) -> list[torch.Tensor]:
+    """[x W^T + bias + scale * (x A^T) B^T for each of `layers`], which share the input `x` [..., K].
+
+    What `lora_linear` gives for each, but x A^T and the gradients' products with x are formed for all layers together
+    (query, key and value; gate and up). At most 16 layers. Raises ValueError for what does not fit.
+    """
+    if not 1 <= len(layers) <= MOST_LAYERS:
+        raise ValueError(f"{len(layers)} layers in a group; it takes 1 to {MOST_LAYERS}")
+    for layer in layers:
+        _check_layer(layer, x)
+    tensors = [t for layer in layers for t in layer[:4]]
+    return list(_LoRALinear.apply(x, tuple(layer.scale for layer in layers), None, *tensors))
 
 
 def merge(
@@ -83,24 +114,31 @@ def gradients(
     dA: torch.Tensor | None = None,
     dB: torch.Tensor | None = None,
     accumulate: bool = False,
-) -> Gradients:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dA, dB) = (scale * (dy B)^T x, scale * dy^T (x A^T)), reading x [T, K] and dy [T, N] once.
 
     They go to `dA` and `dB` where given; `accumulate` adds to what these hold.
     """
     if (dA is None) != (dB is None):
         raise ValueError("only one of dA and dB is given; give both or neither")
-    out = None if dA is None or dB is None else [(dA, dB)]
-    return gradients_group(x, [Adapter(dy, A, B, scale)], out, accumulate)[0]
+    out = None if dA is None else [(dA, dB)]
+    found = gradients_group(x, [Adapter(dy, A, B, scale)], out, accumulate)[0]
+    assert found[0] is not None and found[1] is not None
+    return found[0], found[1]
 
 
 def gradients_group(
     x: torch.Tensor,
     adapters: list[Adapter],
-    out: list[Gradients] | None = None,
+    out: Sequence[Gradients] | None = None,
     accumulate: bool = False,
-) -> list[Gradients]:
-    """[(dA, dB)] of `adapters` that share the input `x` [T, K], which is read once; see `gradients`."""
+) -> Sequence[Gradients]:
+    """[(dA, dB)] of `adapters` that share the input `x` [T, K], which is read once; see `gradients`.
+
+    A None in `out` leaves that gradient out. At most 16 adapters.
+    """
+    if len(adapters) > MOST_LAYERS:
+        raise ValueError(f"{len(adapters)} adapters share a call; at most {MOST_LAYERS} can")
     expect_dims("x", x, "T", "K")
     for dy, A, B, _ in adapters:
         _check_factors(A, B, dy.shape[-1], x.shape[1], x.device)
@@ -110,8 +148,10 @@ def gradients_group(
             raise ValueError("accumulate=True needs dA and dB (or `out`) to add to")
         out = [(torch.empty_like(a.A), torch.empty_like(a.B)) for a in adapters]
     for (dA, dB), (_, A, B, _) in zip(out, adapters, strict=True):
-        expect("dA", dA, A.shape, torch.float32, x.device, written=True)
-        expect("dB", dB, B.shape, torch.float32, x.device, written=True)
+        if dA is not None:
+            expect("dA", dA, A.shape, torch.float32, x.device, written=True)
+        if dB is not None:
+            expect("dB", dB, B.shape, torch.float32, x.device, written=True)
     OP.pick(x).gradients_group(x, adapters, out, accumulate)
     return out
 
@@ -134,6 +174,15 @@ def input_gradient_(dx: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torc
     return dx
 
 
+def _check_layer(layer: LoRALayer, x: torch.Tensor) -> None:
+    weight, bias, A, B, _ = layer
+    expect_dims("weight", weight, "N", "K")
+    _check_factors(A, B, weight.shape[0], x.shape[-1], x.device)
+    expect("weight", weight, (weight.shape[0], x.shape[-1]), x.dtype, x.device)
+    if bias is not None:
+        expect("bias", bias, weight.shape[:1], x.dtype, x.device)
+
+
 def _check_factors(A: torch.Tensor, B: torch.Tensor, outputs: int, inputs: int, device: torch.device) -> None:
     if A.dim() != 2 or A.shape[1] != inputs or B.shape != (outputs, A.shape[0]):
         raise ValueError(
@@ -147,22 +196,63 @@ def _check_factors(A: torch.Tensor, B: torch.Tensor, outputs: int, inputs: int, 
 
 
 class _LoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat, weight, A, B)
-        ctx.scale = scale
-        y = torch.nn.functional.linear(flat, weight, bias)
-        return add_(y, flat, A, B, scale).view(*x.shape[:-1], weight.shape[0])
+    """A group of layers that share x. `tensors` holds weight, bias, A and B of each; `key` is dropout's or None."""
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, weight, A, B = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
-        shape, dy = (*dy.shape[:-1], x.shape[1]), dy.reshape(-1, dy.shape[-1])
-        dx = dA = dB = None
-        if need_x:
-            dx = input_gradient_(torch.mm(dy, weight), dy, A, B, ctx.scale).view(shape)
-        if need_A or need_B:
-            dA, dB = gradients(x, dy, A, B, ctx.scale)
-        return dx, dy.t() @ x if need_weight else None, dy.sum(0) if need_bias else None, dA, dB, None
+    def forward(ctx, x, scales, key, *tensors):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        flat = x.reshape(-1, x.shape[-1])
+        layers = [LoRALayer(*tensors[4 * i : 4 * i + 4], scale) for i, scale in enumerate(scales)]
+        outs = [flat.new_empty(flat.shape[0], layer.weight.shape[0]) for layer in layers]
+        source = flat if key is None else _dropout.forward(flat, *key)
+        projected = OP.pick(x).linear_group(flat, source, layers, outs)
+        factors = [t for layer in layers for t in (layer.weight, layer.A, layer.B)]
+        ctx.save_for_backward(flat, *factors, *(projected or ()))
+        ctx.scales, ctx.key = scales, key
+        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
+
+    @staticmethod
+    def backward(ctx, *dys):  # type: ignore[no-untyped-def]
+        x, *saved = ctx.saved_tensors
+        count, needs = len(dys), ctx.needs_input_grad
+        grads: list[torch.Tensor | None] = [None] * len(needs)
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        if not used:
+            return tuple(grads)
+        shape = (*dys[used[0]].shape[:-1], x.shape[1])
+        dys = [dys[i].reshape(-1, dys[i].shape[-1]) for i in used]
+        layers = [LoRALayer(saved[3 * i], None, *saved[3 * i + 1 : 3 * i + 3], ctx.scales[i]) for i in used]
+        S = [saved[3 * count + i] for i in used] if len(saved) > 3 * count else None
+        dS = None
+        if needs[0]:
+            dx, dS = _input_gradient(dys, layers, ctx.key)
+            grads[0] = dx.view(shape)
+        for at, dy, layer in zip(used, dys, layers, strict=True):
+            _, _, need_A, need_B = needs[4 * at + 3 : 4 * at + 7]
+            dA = torch.empty_like(layer.A, memory_format=torch.contiguous_format) if need_A else None
+            dB = torch.empty_like(layer.B, memory_format=torch.contiguous_format) if need_B else None
+            weight = dy.t() @ x if needs[4 * at + 3] else None
+            grads[4 * at + 3 : 4 * at + 7] = weight, dy.sum(0) if needs[4 * at + 4] else None, dA, dB
+        trained = [i for i, at in enumerate(used) if needs[4 * at + 5] or needs[4 * at + 6]]
+        if trained:
+            source = x if ctx.key is None else _dropout.forward(x, *ctx.key)
+            OP.pick(x).gradients_group(
+                source,
+                [Adapter(dys[i], *layers[i][2:]) for i in trained],
+                [tuple(grads[4 * used[i] + 5 : 4 * used[i] + 7]) for i in trained],
+                False,
+                S and [S[i] for i in trained],
+                dS and [dS[i] for i in trained],
+            )
+        return tuple(grads)
+
+
+def _input_gradient(dys, layers, key):  # type: ignore[no-untyped-def]
+    """(dx, dS of each layer or None)."""
+    dx = dys[0].new_empty(dys[0].shape[0], layers[0].weight.shape[1])
+    if key is None:
+        return dx, OP.pick(dx).input_gradient_group(dx, dys, layers)
+    (dy,), (layer,) = dys, layers
+    input_gradient_(dx.zero_(), dy, layer.A, layer.B, layer.scale)
+    _dropout.forward(dx, *key, out=dx)
+    return dx.addmm_(dy, layer.weight), None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
+
 from leantune_kernels.cpu import DTYPE_CODES, lib, refuses, rows
 
-__all__ = ["add_", "gradients_group", "merge", "refuses"]
+__all__ = ["add_", "gradients_group", "input_gradient_group", "linear_group", "merge", "refuses"]
 
 
 class _Adapter(ctypes.Structure):
@@ -28,12 +30,32 @@ def merge(weight, A, B, scale, out):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def gradients_group(x, adapters, out, accumulate):  # type: ignore[no-untyped-def]
+def linear_group(x, source, layers, outs):  # type: ignore[no-untyped-def]
+    """The vendor's product, then the update. S is not kept: the pass over x for the gradients forms it on its way."""
+    for (weight, bias, A, B, scale), out in zip(layers, outs, strict=True):
+        if bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
+        add_(out, source, A.t(), B.t(), scale)
+
+
+def input_gradient_group(dx, dys, layers):  # type: ignore[no-untyped-def]
+    for i, ((weight, _, A, B, scale), dy) in enumerate(zip(layers, dys, strict=True)):
+        if i == 0:
+            torch.mm(dy, weight, out=dx)
+        else:
+            dx.addmm_(dy, weight)
+        add_(dx, dy, B, A, scale)
+
+
+def gradients_group(x, adapters, out, accumulate, S=None, dS=None):  # type: ignore[no-untyped-def]
+    assert S is None and dS is None, "this implementation forms S and dS itself, a block of rows at a time"
     x = rows(x)
     inputs = [tuple(rows(t) for t in a[:3]) for a in adapters]  # kept alive during the call
     group = (_Adapter * len(adapters))()
     for entry, tensors, targets, adapter in zip(group, inputs, out, adapters, strict=True):
-        values = [value for t in (*tensors, *targets) for value in (t.data_ptr(), t.stride(0))]
+        values = [v for t in (*tensors, *targets) for v in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))]
         values += [tensors[0].shape[1], tensors[1].shape[0], adapter.scale]
         for field, value in zip(_Adapter._fields_, values, strict=True):
             setattr(entry, field[0], value)

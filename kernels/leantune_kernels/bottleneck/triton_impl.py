@@ -1,0 +1,164 @@
+"""The bottleneck adapter in Triton.
+
+A program owns a block of rows: it forms the hidden activations [rows of the block, r] on chip, then goes through the
+columns of y. The backward pass forms them again; h and dz [T, r], small beside x, are then what the gradients of the
+weights are products of, as those of LoRA's factors are (low_rank/triton_impl.py): partial sums over chunks of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from leantune_kernels.bottleneck import ACTIVATIONS
+from leantune_kernels.low_rank.triton_impl import partial_gradients, product_type, reduce_partials, rows_of
+from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
+
+__all__ = ["backward", "forward", "refuses"]
+
+_SILU, _GELU, _GELU_TANH, _RELU = (tl.constexpr(ACTIVATIONS[name]) for name in ("silu", "gelu", "gelu_tanh", "relu"))
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    """(act(z), act'(z))."""
+    if ACTIVATION == _RELU:
+        value, slope = tl.where(z <= 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)
+    elif ACTIVATION == _SILU:
+        s = 1 / (1 + tl.exp(-z))
+        value, slope = z * s, s + z * s * (1 - s)
+    elif ACTIVATION == _GELU:
+        phi = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+        value, slope = z * phi, phi + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif ACTIVATION == _GELU_TANH:  # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
+        s = 1 / (1 + tl.exp(-z * (1.5957691216057308 + 0.07135481627260025 * z * z)))
+        value, slope = z * s, s + z * s * (1 - s) * (1.5957691216057308 + 0.21406444881780076 * z * z)
+    else:
+        value, slope = z, tl.full(z.shape, 1.0, tl.float32)
+    return value, slope
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, y_ptr, rows, x_stride, y_stride, scale, H, R,
+    ACTIVATION: tl.constexpr, DOT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
+    t_in, r_in, t_wide = (t < rows)[:, None], r < R, t.to(tl.int64)
+    z = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for begin in range(0, H, BLOCK_H):
+        h_in = begin + k < H
+        x = tl.load(x_ptr + t_wide[:, None] * x_stride + begin + k[None, :], mask=t_in & h_in[None, :], other=0.0)
+        down = tl.load(down_ptr + r[None, :] * H + begin + k[:, None], mask=h_in[:, None] & r_in[None, :], other=0.0)
+        z = tl.dot(x.to(DOT), down.to(DOT), z, input_precision="ieee")
+    if down_bias_ptr is not None:
+        z += tl.load(down_bias_ptr + r, mask=r_in, other=0.0)[None, :]
+    hidden, _ = _activate(z, ACTIVATION)
+    hidden = hidden.to(DOT)
+    for begin in range(0, H, BLOCK_H):
+        n = begin + k
+        n_in = n < H
+        inside = t_in & n_in[None, :]
+        up = tl.load(up_ptr + n[None, :] * R + r[:, None], mask=r_in[:, None] & n_in[None, :], other=0.0)
+        y = tl.dot(hidden, up.to(DOT), input_precision="ieee")
+        if up_bias_ptr is not None:
+            y += tl.load(up_bias_ptr + n, mask=n_in, other=0.0)[None, :]
+        x = tl.load(x_ptr + t_wide[:, None] * x_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + t_wide[:, None] * y_stride + n[None, :], x + scale * y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _backward_kernel(
+    dy_ptr, x_ptr, down_ptr, down_bias_ptr, up_ptr, dx_ptr, h_ptr, dz_ptr, dz_sum_ptr, dy_sum_ptr, rows,
+    dy_stride, x_stride, dx_stride, scale, H, R, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """h, dz [rows, R]; where asked for dx, and the sums of dz and dy over the block's rows, [blocks, R] and [.., H]."""
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
+    t_in, r_in, t_wide = (t < rows)[:, None], r < R, t.to(tl.int64)
+    z = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    dz = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for begin in range(0, H, BLOCK_H):
+        n = begin + k
+        n_in = n < H
+        inside, factor_in = t_in & n_in[None, :], n_in[:, None] & r_in[None, :]
+        x = tl.load(x_ptr + t_wide[:, None] * x_stride + n[None, :], mask=inside, other=0.0).to(DOT)
+        down = tl.load(down_ptr + r[None, :] * H + n[:, None], mask=factor_in, other=0.0).to(DOT)
+        z = tl.dot(x, down, z, input_precision="ieee")
+        dy = tl.load(dy_ptr + t_wide[:, None] * dy_stride + n[None, :], mask=inside, other=0.0).to(DOT)
+        up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=factor_in, other=0.0).to(DOT)
+        dz = tl.dot(dy, up, dz, input_precision="ieee")
+    if down_bias_ptr is not None:
+        z += tl.load(down_bias_ptr + r, mask=r_in, other=0.0)[None, :]
+    h, slope = _activate(z, ACTIVATION)
+    dz *= scale * slope
+    at = t_wide[:, None] * R + r[None, :]
+    tl.store(h_ptr + at, h, mask=t_in & r_in[None, :])
+    tl.store(dz_ptr + at, dz, mask=t_in & r_in[None, :])
+    if dz_sum_ptr is not None:  # rows past the end have dy = 0, so dz = 0
+        tl.store(dz_sum_ptr + block.to(tl.int64) * R + r, tl.sum(dz, 0), mask=r_in)
+    if dx_ptr is not None or dy_sum_ptr is not None:
+        narrow = dz.to(DOT)
+        for begin in range(0, H, BLOCK_H):
+            n = begin + k
+            n_in = n < H
+            inside = t_in & n_in[None, :]
+            dy = tl.load(dy_ptr + t_wide[:, None] * dy_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+            if dy_sum_ptr is not None:
+                tl.store(dy_sum_ptr + block.to(tl.int64) * H + n, tl.sum(dy, 0), mask=n_in)
+            if dx_ptr is not None:
+                down = tl.load(down_ptr + r[:, None] * H + n[None, :], mask=r_in[:, None] & n_in[None, :], other=0.0)
+                dx = tl.dot(narrow, down.to(DOT), dy, input_precision="ieee")
+                tl.store(dx_ptr + t_wide[:, None] * dx_stride + n[None, :], dx, mask=inside)
+
+
+def _blocks(rank: int, halves: int) -> dict[str, int]:
+    """Sizes for which `halves` accumulators [BLOCK_T, BLOCK_R] stay in registers."""
+    block_r = power_of_two(rank)
+    return {
+        "BLOCK_T": 64 if block_r * halves <= 256 else 32,
+        "BLOCK_R": block_r,
+        "BLOCK_H": 64 if block_r <= 64 else 32,
+        "num_warps": 4 if block_r <= 64 else 8,
+        "num_stages": 2,
+    }
+
+
+def forward(x, weights, scale, activation, out):  # type: ignore[no-untyped-def]
+    x, (down, up, down_bias, up_bias) = rows_of(x), weights
+    blocks = _blocks(down.shape[0], 1)
+    if x.numel():
+        _forward_kernel[(ceil_div(x.shape[0], blocks["BLOCK_T"]),)](
+            x_ptr=x, down_ptr=down, down_bias_ptr=down_bias, up_ptr=up, up_bias_ptr=up_bias, y_ptr=out,
+            rows=x.shape[0], x_stride=x.stride(0), y_stride=out.stride(0), scale=scale, H=x.shape[1],
+            R=down.shape[0], ACTIVATION=ACTIVATIONS[activation], DOT=product_type(x.dtype), **blocks,
+        )  # fmt: skip
+
+
+def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_bias):  # type: ignore[no-untyped-def]
+    dy, x, (down, up, down_bias, _) = rows_of(dy), rows_of(x), weights
+    (rows, H), R = x.shape, down.shape[0]
+    blocks = _blocks(R, 2)
+    count = ceil_div(rows, blocks["BLOCK_T"])
+    h, dz = torch.empty(2, rows, R, device=x.device)
+    dz_sums = None if ddown_bias is None else torch.empty(count, 1, R, device=x.device)
+    dy_sums = None if dup_bias is None else torch.empty(count, 1, H, device=x.device)
+    if x.numel():
+        _backward_kernel[(count,)](
+            dy_ptr=dy, x_ptr=x, down_ptr=down, down_bias_ptr=down_bias, up_ptr=up, dx_ptr=dx, h_ptr=h, dz_ptr=dz,
+            dz_sum_ptr=dz_sums, dy_sum_ptr=dy_sums, rows=rows, dy_stride=dy.stride(0), x_stride=x.stride(0),
+            dx_stride=0 if dx is None else dx.stride(0), scale=scale, H=H, R=R, ACTIVATION=ACTIVATIONS[activation],
+            DOT=product_type(x.dtype), **blocks,
+        )  # fmt: skip
+    if ddown is not None:
+        reduce_partials(partial_gradients(dz, x), 1.0, ddown)
+    if dup is not None:
+        reduce_partials(partial_gradients(h, dy), scale, dup.t())
+    if ddown_bias is not None:
+        reduce_partials(dz_sums, 1.0, ddown_bias[None])
+    if dup_bias is not None:
+        reduce_partials(dy_sums, scale, dup_bias[None])
