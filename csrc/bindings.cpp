@@ -245,6 +245,8 @@ PYBIND11_MODULE(_native, m) {
     // Bottleneck adapter
     m.def("bottleneck_forward", checked(lt_bottleneck_forward));
     m.def("bottleneck_backward", checked(lt_bottleneck_backward));
+    CUDA(bottleneck_forward);
+    CUDA(bottleneck_backward);
 
     // NF4 weights
     m.def("nf4_quantise", checked(lt_nf4_quantise));

@@ -425,6 +425,19 @@ LT_API int lt_bottleneck_backward(int dtype, const void *dy, int64_t dy_stride, 
                                   int activation, void *dx, int64_t dx_stride, float *ddown, float *ddown_bias,
                                   float *dup, float *dup_bias, int64_t rows, int64_t hidden, int64_t rank);
 
+/* rank is 1 to 256. Scratch: h and dz, rows * rank floats each; with c = ceil(rows / chunk_rows) sets of partial sums,
+ * `partials`, c * (rank * hidden + max(rank, hidden)) floats.
+ */
+LT_API int lt_cuda_bottleneck_forward(int dtype, const void *x, int64_t x_stride, const float *down,
+                                      const float *down_bias, const float *up, const float *up_bias, float scale,
+                                      int activation, void *y, int64_t y_stride, int64_t rows, int64_t hidden,
+                                      int64_t rank, void *stream);
+LT_API int lt_cuda_bottleneck_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
+                                       const float *down, const float *down_bias, const float *up, float scale,
+                                       int activation, void *dx, int64_t dx_stride, float *ddown, float *ddown_bias,
+                                       float *dup, float *dup_bias, int64_t rows, int64_t hidden, int64_t rank,
+                                       float *h, float *dz, float *partials, int64_t chunk_rows, void *stream);
+
 /* ---- NF4 weights --------------------------------------------------------------------------------------------------
  * 4-bit NormalFloat (QLoRA) of a dense array of `size` elements, in blocks of 64: absmax [ceil(size / 64)] is a block's
  * largest magnitude, codes [ceil(size / 2)] hold two elements a byte, the first in the high half: the number of
