@@ -47,6 +47,11 @@ class Op:
     def name(self) -> str:
         return self.package.rpartition(".")[2]
 
+    @property
+    def about(self) -> str:
+        """What the op covers: the first line of its package's docstring."""
+        return (importlib.import_module(self.package).__doc__ or "").partition("\n")[0]
+
     def implementation(self, name: str) -> ModuleType | None:
         """The module behind `name` ("reference", "cpu", "triton", "cuda"), None where the op has none."""
         if name not in IMPLEMENTATIONS:
