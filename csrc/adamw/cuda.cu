@@ -6,7 +6,7 @@ namespace {
 
 // budget: 80 registers, 0 bytes shared
 // claims: LDG.E.128 STG.E.128
-__global__ void __launch_bounds__(kListThreads)
+__global__ void __launch_bounds__(kListThreads, 3)
     adamw_kernel(const lt_parameter *list, const lt_piece *pieces, AdamwNumbers u) {
     const lt_piece piece = pieces[blockIdx.x];
     const lt_parameter &t = list[piece.tensor];

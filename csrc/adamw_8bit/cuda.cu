@@ -1,4 +1,4 @@
-// AdamW with 8-bit moments over a list of tensors in one launch: 18 bytes a parameter in fp32, 10 in bf16. A warp holds
+// AdamW with 8-bit moments over a list of tensors in one launch: 16 bytes a parameter in fp32, 10 in bf16. A warp holds
 // a block of 256 elements in registers, eight a thread, between reading its codes and writing the new ones; the code
 // books and cells lie in shared memory, where lookups at random addresses are cheap, and blocks of threads stay for
 // many pieces, so that these 26 KB are read seldom.
@@ -30,7 +30,7 @@ __device__ inline void load_codes(const uint8_t *codes, int64_t i, int n, bool a
 
 __device__ inline void store_codes(uint8_t *codes, int64_t i, int n, bool aligned, const Vec<uint8_t, kRun> &run) {
     if (aligned && n == kRun) {
-        store_vec(codes + i, run);
+        store_whole(codes + i, run);
     } else {
 #pragma unroll
         for (int k = 0; k < kRun; ++k)
@@ -79,8 +79,8 @@ __device__ inline void update_piece(const lt_parameter &t, const lt_piece &piece
                                     const AdamwNumbers &u) {
     const Span span = span_of(t, piece);
     const AdamwRates rates = adamw_rates(t, u);
-    uint8_t *const codes_m = (uint8_t *)t.states[0], *const codes_v = (uint8_t *)t.states[2];
-    float *const absmax_m = (float *)t.states[1], *const absmax_v = (float *)t.states[3];
+    uint8_t *const codes_m = global((uint8_t *)t.states[0]), *const codes_v = global((uint8_t *)t.states[2]);
+    float *const absmax_m = global((float *)t.states[1]), *const absmax_v = global((float *)t.states[3]);
     const int lane = threadIdx.x % 32;
     // All lanes of a warp go round as often: they exchange their maxima.
     for (int64_t at = (int64_t)(threadIdx.x / 32) * LT_CODE_BLOCK; at < span.size; at += kListThreads * kRun) {
@@ -99,7 +99,8 @@ __device__ inline void update_piece(const lt_parameter &t, const lt_piece &piece
 #pragma unroll
         for (int k = 0; k < kRun; ++k)
             adamw_update(p[k], g[k], m[k], v[k], u, rates);
-        const float new_m = largest_magnitude(m, n), new_v = largest_magnitude(v, n); // after every lane has read
+        const float new_m = largest_magnitude(m, n), new_v = largest_magnitude(v, n);
+        __syncwarp(kAllLanes); // every lane has read the old ones
         if (lane == 0) {
             absmax_m[block] = new_m;
             absmax_v[block] = new_v;
@@ -112,7 +113,7 @@ __device__ inline void update_piece(const lt_parameter &t, const lt_piece &piece
 
 // budget: 96 registers, 26 KiB shared
 // claims: LDG.E.128 STG.E.128
-__global__ void __launch_bounds__(kListThreads)
+__global__ void __launch_bounds__(kListThreads, 2)
     adamw_8bit_kernel(const lt_parameter *list, const lt_piece *pieces, int64_t count, const uint32_t *tables,
                       AdamwNumbers u) {
     LT_SHARED(uint32_t[kTableWords], words);

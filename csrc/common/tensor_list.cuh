@@ -12,10 +12,28 @@ namespace lt_cuda {
 constexpr int kListThreads = 256;
 constexpr int kRun = 8; // elements a thread takes together: two accesses of 16 bytes in fp32, one in half precision
 
+// f(T{}) for the storage type T that `dtype` names, on the device.
+template <class F> __device__ inline void with_storage_type(int64_t dtype, F f) {
+    if (dtype == LT_F32)
+        f(float{});
+    else if (dtype == LT_BF16)
+        f(__nv_bfloat16{});
+    else
+        f(__half{});
+}
+
 struct Span { // a block's piece
     int64_t begin, size;
     bool aligned; // every array of the tensor starts at a multiple of 16 bytes
 };
+
+// An address that came out of memory, of which the compiler cannot see that it is one of global memory.
+template <class T> __device__ inline T *global(T *pointer) {
+#if !defined(LT_CUDA_HOST)
+    __builtin_assume(__isGlobal(pointer));
+#endif
+    return pointer;
+}
 
 __device__ inline bool is_aligned(const void *pointer) { return (uintptr_t)pointer % 16 == 0; }
 
@@ -27,8 +45,24 @@ __device__ inline Span span_of(const lt_parameter &t, const lt_piece &piece) {
     return {piece.begin, left < LT_PIECE ? left : (int64_t)LT_PIECE, aligned};
 }
 
+// store_vec that stays one access of 16 bytes: past the branches on the storage type nvcc splits a plain one again.
+template <class T, int N> __device__ inline void store_whole(T *x, const Vec<T, N> &run) {
+#if defined(LT_CUDA_HOST)
+    store_vec(x, run);
+#else
+    typedef typename Vec<T, N>::word word;
+#pragma unroll
+    for (int i = 0; i < Vec<T, N>::kWords; ++i) {
+        word w;
+        memcpy(&w, (const char *)&run + i * sizeof w, sizeof w);
+        __stwb((word *)x + i, w);
+    }
+#endif
+}
+
 // kRun elements from number `i` on, of which the first n exist; the others are zero.
-template <class T> __device__ inline void load_run(const T *x, int64_t i, int n, bool aligned, float *values) {
+template <class T> __device__ inline void load_run(const T *from, int64_t i, int n, bool aligned, float *values) {
+    const T *const x = global(from);
     if (aligned && n == kRun) {
         const Vec<T, kRun> run = load_vec<kRun>(x + i);
 #pragma unroll
@@ -41,13 +75,14 @@ template <class T> __device__ inline void load_run(const T *x, int64_t i, int n,
     }
 }
 
-template <class T> __device__ inline void store_run(T *x, int64_t i, int n, bool aligned, const float *values) {
+template <class T> __device__ inline void store_run(T *to, int64_t i, int n, bool aligned, const float *values) {
+    T *const x = global(to);
     if (aligned && n == kRun) {
         Vec<T, kRun> run;
 #pragma unroll
         for (int k = 0; k < kRun; ++k)
             narrow(values[k], &run[k]);
-        store_vec(x + i, run);
+        store_whole(x + i, run);
     } else {
 #pragma unroll
         for (int k = 0; k < kRun; ++k)
@@ -57,7 +92,7 @@ template <class T> __device__ inline void store_run(T *x, int64_t i, int n, bool
 }
 
 __device__ inline void load_run_of(const void *x, int64_t dtype, int64_t i, int n, bool aligned, float *values) {
-    with_dtype_on_device((int)dtype, [&](auto t) { load_run((const decltype(t) *)x, i, n, aligned, values); });
+    with_storage_type(dtype, [&](auto t) { load_run((const decltype(t) *)x, i, n, aligned, values); });
 }
 
 // The parameter: its master where it has one.
@@ -79,9 +114,9 @@ __device__ inline void store_stochastically(__nv_bfloat16 *data, int64_t tensor,
         const uint32_t bits = __float_as_uint(values[k]), noise = words[k / 2] >> (k % 2 * 16) & 0xffff;
         run[k] = (uint16_t)(values[k] != values[k] ? (bits >> 16) | 0x40 : (bits + noise) >> 16);
     }
-    uint16_t *const to = (uint16_t *)data + i;
+    uint16_t *const to = global((uint16_t *)data) + i;
     if (aligned && n == kRun) {
-        store_vec(to, run);
+        store_whole(to, run);
     } else {
 #pragma unroll
         for (int k = 0; k < kRun; ++k)

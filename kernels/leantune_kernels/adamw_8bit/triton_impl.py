@@ -33,7 +33,8 @@ LOWEST_CELL = tl.constexpr((127 - 23) << 7)
 @triton.jit
 def decode(row, NUMBER: tl.constexpr, book, first, offset, mask, count, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """The moment whose codes are state NUMBER and whose maxima, `count` of them from `first` on, are the next state."""
-    codes = tl.load(typed(tl.load(row + STATES + NUMBER), tl.uint8, ALIGNED) + offset, mask, other=0)
+    zero: tl.constexpr = 127 if NUMBER == 0 else 0  # the code of 0, also for what is not there
+    codes = tl.load(typed(tl.load(row + STATES + NUMBER), tl.uint8, ALIGNED) + offset, mask, other=zero)
     blocks = tl.arange(0, BLOCK // CODES)
     absmax = typed(tl.load(row + STATES + NUMBER + 1), tl.float32, False)
     scale = tl.load(absmax + first + blocks, blocks < count, other=0.0)
