@@ -14,10 +14,11 @@ import mmap
 import torch
 from torch.autograd.function import once_differentiable
 
-from leantune_kernels.checks import FLOATS, expect, expect_dims
+from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((3,)), "backward": Effects((2,))})
 
 LAZY_BYTES = 1 << 20
 
@@ -83,7 +84,7 @@ def backward(
 
 def check_ids(ids: torch.Tensor, vocabulary: int) -> None:
     """ValueError that names the first id outside the table; ids on a device are not read back."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
+    if not can_read(ids) or ids.numel() == 0:
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= vocabulary:

@@ -13,8 +13,9 @@ import torch
 
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"backward_": Effects((2, 3), returns=True)})
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 

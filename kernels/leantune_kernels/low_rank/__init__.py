@@ -15,8 +15,18 @@ import torch
 from leantune_kernels import dropout as _dropout
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(
+    __name__,
+    effects={
+        "merge": Effects((4,)),
+        "gradients_group": Effects((2,)),
+        "add_": Effects((0,)),
+        "linear_group": Effects((3,)),
+        "input_gradient_group": Effects((0,)),
+    },
+)
 MOST_LAYERS = 16
 
 
