@@ -221,7 +221,7 @@ _KEY_GRADIENT = {
 }
 
 
-def _arguments(q, k, cu_seqlens, causal, window):  # type: ignore[no-untyped-def]
+def _arguments(q, k, cu_seqlens, causal, window):
     """What the three kernels take alike."""
     tokens, heads, dim = q.shape
     if dim > MOST_DIM:
@@ -246,7 +246,7 @@ def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
 
 
-def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type: ignore[no-untyped-def]
+def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):
     q, k, v, o = _rows(q), _rows(k), _rows(v), _result(out, q)
     shared = _arguments(q, k, cu_seqlens, causal, window)
     tokens, sequences = shared["tokens"], shared["sequences"]
@@ -259,9 +259,7 @@ def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type:
     return o, lse
 
 
-def backward(  # type: ignore[no-untyped-def]
-    do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None
-):
+def backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None):
     do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
     dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
     shared = _arguments(q, k, cu_seqlens, causal, window)

@@ -127,4 +127,6 @@ class _Embedding(torch.autograd.Function):
         shape, dtype = ctx.table
         dweight = _zeros(shape, dtype, dy.device)
         dy = dy.reshape(ids.shape[0], shape[1])
-        return backward(dy, ids, dweight, *ctx.options, accumulate=True), None, None, None, None
+        scale, padding_idx = ctx.options
+        dweight = backward(dy, ids, dweight, scale, padding_idx, accumulate=True)
+        return dweight, None, None, None, None
