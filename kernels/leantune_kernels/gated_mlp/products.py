@@ -31,6 +31,6 @@ def backward_(glu: ModuleType, dy, x, gate, up, weights, activation, needs):  # 
         dx,
         torch.mm(gate.t(), x) if need_gate else None,
         torch.mm(up.t(), x) if need_up else None,
-        torch.mm(dy.t(), h) if need_down else None,
+        torch.mm(dy.t(), h) if need_down and h is not None else None,
         *(value.sum(0) if needed else None for value, needed in zip((gate, up, dy), need_biases, strict=True)),
     )
