@@ -165,8 +165,18 @@ PYBIND11_MODULE(_native, m) {
     // RMSNorm
     m.def("rms_norm_forward", checked(lt_rms_norm_forward));
     m.def("rms_norm_backward", checked(lt_rms_norm_backward));
+    m.def("add_rms_norm_forward", checked(lt_add_rms_norm_forward));
     CUDA(rms_norm_forward);
     CUDA(rms_norm_backward);
+    CUDA(add_rms_norm_forward);
+
+    // LayerNorm
+    m.def("layer_norm_forward", checked(lt_layer_norm_forward));
+    m.def("add_layer_norm_forward", checked(lt_add_layer_norm_forward));
+    m.def("layer_norm_backward", checked(lt_layer_norm_backward));
+    CUDA(layer_norm_forward);
+    CUDA(add_layer_norm_forward);
+    CUDA(layer_norm_backward);
 
     // Attention
     m.def("attention_forward", checked(lt_attention_forward));
@@ -235,6 +245,8 @@ PYBIND11_MODULE(_native, m) {
     // Bottleneck adapter
     m.def("bottleneck_forward", checked(lt_bottleneck_forward));
     m.def("bottleneck_backward", checked(lt_bottleneck_backward));
+    CUDA(bottleneck_forward);
+    CUDA(bottleneck_backward);
 
     // NF4 weights
     m.def("nf4_quantise", checked(lt_nf4_quantise));

@@ -6,7 +6,7 @@ namespace {
 
 // y may be x.
 // budget: 40 registers, 0 shared
-// claims: LDG.E.128 STG.E.128
+// claims: LDG.128 STG.128
 template <class T, int N>
 __global__ void __launch_bounds__(kSpan) activation_forward_kernel(int activation, const T *x, int64_t x_stride, T *y,
                                                                    int64_t y_stride, int64_t rows, int64_t cols) {
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kSpan) activation_forward_kernel(int activatio
 
 // dx may be dy or x.
 // budget: 40 registers, 0 shared
-// claims: LDG.E.128 STG.E.128
+// claims: LDG.128 STG.128
 template <class T, int N>
 __global__ void __launch_bounds__(kSpan)
     activation_backward_kernel(int activation, const T *dy, int64_t dy_stride, const T *x, int64_t x_stride, T *dx,

@@ -28,8 +28,7 @@ template <class T> using shared_type = T;
 
 namespace lt_cuda {
 
-// ---- launches
-// --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 // Launches kernel(args...) and returns 0 or the cudaError_t. `stream` is a cudaStream_t.
 template <class... P, class... A>
@@ -87,13 +86,22 @@ template <class F> int with_dtype(int dtype, F f) {
     }
 }
 
+// The same on the device, for a storage type that varies within a kernel. `dtype` has been checked by the host.
+template <class F> __device__ inline void with_dtype_on_device(int dtype, F f) {
+    if (dtype == LT_F32)
+        f(float{});
+    else if (dtype == LT_BF16)
+        f(__nv_bfloat16{});
+    else
+        f(__half{});
+}
+
 // Whether every row, `stride_bytes` after the one before, starts at a multiple of 16 bytes. A null pointer does.
 inline bool aligned16(const void *pointer, int64_t stride_bytes) {
     return (uintptr_t)pointer % 16 == 0 && stride_bytes % 16 == 0;
 }
 
-// ---- storage types
-// ---------------------------------------------------------------------------------------------------
+// ---- storage types --------------------------------------------------------------------------------------------------
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -102,8 +110,7 @@ __device__ inline void narrow(float x, float *out) { *out = x; }
 __device__ inline void narrow(float x, __nv_bfloat16 *out) { *out = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, __half *out) { *out = __float2half_rn(x); }
 
-// ---- vector accesses
-// -------------------------------------------------------------------------------------------------
+// ---- vector accesses ------------------------------------------------------------------------------------------------
 
 template <int BYTES> struct Word;
 template <> struct Word<1> {
@@ -165,11 +172,10 @@ template <class T, int N> __device__ inline void store_vec(T *p, const Vec<T, N>
     }
 }
 
-// ---- reductions
-// ------------------------------------------------------------------------------------------------------ In a fixed
-// order (a tree within each warp, then one over the warps); every thread gets the result. A warp's functions are called
-// by all its lanes; a block's by all threads of a one-dimensional block of whole warps, THREADS at most.
+// ---- reductions -----------------------------------------------------------------------------------------------------
 
+// In a fixed order (a tree within each warp, then one over the warps); every thread gets the result. A warp's functions
+// are called by all its lanes; a block's by all threads of a one-dimensional block of whole warps, THREADS at most.
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ inline float warp_sum(float x) {

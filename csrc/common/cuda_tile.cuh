@@ -3,9 +3,10 @@
 // A tile lies in shared memory as its matrix lies in global memory, with the depth K along its rows (K_INNER) or along
 // its columns, copied 16 bytes at a time and past the registers where addresses allow it. Row strides are padded so
 // that neither ldmatrix nor the plain loads of fragments meet in a bank. Products are of the type C: bfloat16 and half
-// in one instruction; float as the sum of three products of tf32 halves (a = high + low, the product of the two lows is
-// below fp32's rounding). Tiles of floats can also enter products of half precision, rounded on their way to the
-// registers: so S and the factors of an adapter stay fp32 in memory.
+// in one instruction; float as the sum of three products of tf32 parts (a = high + low), or of all four where memory is
+// the limit anyway: each product then has a relative error of at most 4.3e-7, or 2.4e-7. Tiles of floats can also enter
+// products of half precision, rounded on their way to the registers: so S and the factors of an adapter stay fp32 in
+// memory.
 #pragma once
 
 #include "cuda_mma.cuh"
@@ -144,34 +145,40 @@ __device__ inline void load_b(Fragment<C> &f, const typename TILE::element *tile
     }
 }
 
-// d += a times columns 8 * half to 8 * half + 7 of b. Small products first.
+// d += a times columns 8 * half to 8 * half + 7 of b. Small products first; LOWS adds that of the two low parts.
+template <bool LOWS>
 __device__ inline void multiply(float (&d)[4], const Fragment<__nv_bfloat16> &a, const Fragment<__nv_bfloat16> &b,
                                 int half) {
     mma_bf16_16816(d, a.high, b.high + 2 * half);
 }
+template <bool LOWS>
 __device__ inline void multiply(float (&d)[4], const Fragment<__half> &a, const Fragment<__half> &b, int half) {
     mma_f16_16816(d, a.high, b.high + 2 * half);
 }
+template <bool LOWS>
 __device__ inline void multiply(float (&d)[4], const Fragment<float> &a, const Fragment<float> &b, int half) {
+    if constexpr (LOWS)
+        mma_tf32_1688(d, a.low, b.low + 2 * half);
     mma_tf32_1688(d, a.low, b.high + 2 * half);
     mma_tf32_1688(d, a.high, b.low + 2 * half);
     mma_tf32_1688(d, a.high, b.high + 2 * half);
 }
 
-// sums, a warp's 16 MT x 8 NT part of out at (m, n) of the tiles, += the tiles' product. Pairs of 8 columns from
-// `pairs` on, and blocks of 16 rows from `row_blocks` on, hold nothing and are left out.
-template <class A, class B, class C, int MT, int NT>
+// sums, a warp's 16 MT x 8 NT part of out at (m, n) of the tiles, += the tiles' product, over the depth of b, which
+// begins at depth a_k of a. Pairs of 8 columns from `pairs` on, and blocks of 16 rows from `row_blocks` on, hold
+// nothing and are left out. `scale` is for a b of floats.
+template <class A, class B, class C, bool LOWS, int MT, int NT>
 __device__ inline void multiply_tiles(float (&sums)[MT][NT][4], const unsigned char *a, const unsigned char *b, int m,
-                                      int n, float scale, int row_blocks = MT, int pairs = NT / 2) {
-    static_assert(A::kDepth == B::kDepth && NT % 2 == 0, "tiles of the same depth, pairs of columns");
+                                      int n, float scale, int row_blocks = MT, int pairs = NT / 2, int a_k = 0) {
+    static_assert(A::kDepth % B::kDepth == 0 && NT % 2 == 0, "whole tiles of b, pairs of columns");
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int k = 0; k < A::kDepth; k += kStep<C>) {
+    for (int k = 0; k < B::kDepth; k += kStep<C>) {
         Fragment<C> from_a[MT];
 #pragma unroll
         for (int i = 0; i < MT; ++i)
             if (i < row_blocks)
-                load_a<A, C>(from_a[i], (const typename A::element *)a, m + 16 * i, k, lane);
+                load_a<A, C>(from_a[i], (const typename A::element *)a, m + 16 * i, a_k + k, lane);
 #pragma unroll
         for (int j = 0; j < NT / 2; ++j) {
             if (j >= pairs)
@@ -181,8 +188,8 @@ __device__ inline void multiply_tiles(float (&sums)[MT][NT][4], const unsigned c
 #pragma unroll
             for (int i = 0; i < MT; ++i)
                 if (i < row_blocks) {
-                    multiply(sums[i][2 * j], from_a[i], from_b, 0);
-                    multiply(sums[i][2 * j + 1], from_a[i], from_b, 1);
+                    multiply<LOWS>(sums[i][2 * j], from_a[i], from_b, 0);
+                    multiply<LOWS>(sums[i][2 * j + 1], from_a[i], from_b, 1);
                 }
         }
     }
@@ -235,6 +242,23 @@ template <int V, class T> __device__ inline Vec<float, V> load_values(const T *p
     return result;
 }
 
+// store_vec to global memory by name: where values come from several branches, the compiler splits a 16-byte store.
+template <int N, class T> __device__ inline void store_global(T *p, const Vec<T, N> &value) {
+#if defined(LT_CUDA_HOST)
+    store_vec(p, value);
+#else
+    static_assert(sizeof value % 16 == 0, "whole accesses of 16 bytes");
+#pragma unroll
+    for (int i = 0; i < (int)sizeof value / 16; ++i) {
+        uint4 w;
+        memcpy(&w, (const char *)&value + 16 * i, 16);
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global((char *)p + 16 * i)),
+                     "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+                     : "memory");
+    }
+#endif
+}
+
 template <int V, class T>
 __device__ inline void store_values(T *p, const Vec<float, V> &values, int64_t left, bool vector) {
     if (vector && left >= V) {
@@ -242,7 +266,7 @@ __device__ inline void store_values(T *p, const Vec<float, V> &values, int64_t l
 #pragma unroll
         for (int i = 0; i < V; ++i)
             narrow(values[i], &v[i]);
-        store_vec(p, v);
+        store_global(p, v);
     } else {
 #pragma unroll
         for (int i = 0; i < V; ++i)

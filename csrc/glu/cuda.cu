@@ -6,7 +6,7 @@ namespace lt_cuda {
 namespace {
 
 // budget: 40 registers, 0 shared
-// claims: LDG.E.128 STG.E.128
+// claims: LDG.128 STG.128
 template <class T, int N>
 __global__ void __launch_bounds__(kSpan)
     glu_forward_kernel(int activation, const T *gate, int64_t gate_stride, const T *up, int64_t up_stride, T *h,
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kSpan)
 
 // h may be null.
 // budget: 64 registers, 0 shared
-// claims: LDG.E.128 STG.E.128
+// claims: LDG.128 STG.128
 template <class T, int N>
 __global__ void __launch_bounds__(kSpan)
     glu_backward_kernel(int activation, const T *dh, int64_t dh_stride, const T *gate, int64_t gate_stride, const T *up,

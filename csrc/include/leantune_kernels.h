@@ -57,7 +57,19 @@ LT_API int lt_rms_norm_backward(int dtype, const void *dy, int64_t dy_stride, co
                                 int64_t residual_stride, void *dx, int64_t dx_stride, float *dweight, int64_t rows,
                                 int64_t cols);
 
-/* The weight is of x's dtype or fp32. `partials`: min(1024, ceil(rows / 8)) * cols floats, needed with dweight. */
+/* s = x + residual, rounded to its dtype, and y the norm of s; s may be x or residual. Backward: that of s, with the
+ * gradient that reaches s otherwise as `residual`; the result is the gradient of x and of residual alike.
+ */
+LT_API int lt_add_rms_norm_forward(int dtype, const void *x, int64_t x_stride, const void *residual,
+                                   int64_t residual_stride, void *s, int64_t s_stride, int weight_dtype,
+                                   const void *weight, void *y, int64_t y_stride, float *rstd, int64_t rows,
+                                   int64_t cols, float eps);
+
+/* The weight is of x's dtype or fp32. `partials`: min(1024, ceil(rows / 16)) * cols floats, needed with dweight. */
+LT_API int lt_cuda_add_rms_norm_forward(int dtype, const void *x, int64_t x_stride, const void *residual,
+                                        int64_t residual_stride, void *s, int64_t s_stride, int weight_dtype,
+                                        const void *weight, void *y, int64_t y_stride, float *rstd, int64_t rows,
+                                        int64_t cols, float eps, void *stream);
 LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight,
                                     void *y, int64_t y_stride, float *rstd, int64_t rows, int64_t cols, float eps,
                                     void *stream);
@@ -65,6 +77,40 @@ LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64_t dy_strid
                                      int weight_dtype, const void *weight, const float *rstd, const void *residual,
                                      int64_t residual_stride, void *dx, int64_t dx_stride, float *dweight,
                                      float *partials, int64_t rows, int64_t cols, void *stream);
+
+/* ---- LayerNorm ----------------------------------------------------------------------------------------------------
+ * y[t, h] = (x[t, h] - mean[t]) * rstd[t] * weight[h] + bias[h] with the mean and 1 / sqrt(variance + eps) of row t;
+ * bias may be null and has weight's dtype. lt_add_layer_norm_forward: of s = x + residual, as for RMSNorm.
+ * Backward: dx = rstd * (g - mean(g) - n * mean(g * n)) with g = dy * weight and n = (x - mean) * rstd, plus `residual`
+ * where not null (may be dx). dweight and dbias [cols] are fp32; null skips each.
+ */
+LT_API int lt_layer_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight,
+                                 const void *bias, void *y, int64_t y_stride, float *mean, float *rstd, int64_t rows,
+                                 int64_t cols, float eps);
+LT_API int lt_add_layer_norm_forward(int dtype, const void *x, int64_t x_stride, const void *residual,
+                                     int64_t residual_stride, void *s, int64_t s_stride, int weight_dtype,
+                                     const void *weight, const void *bias, void *y, int64_t y_stride, float *mean,
+                                     float *rstd, int64_t rows, int64_t cols, float eps);
+LT_API int lt_layer_norm_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
+                                  int weight_dtype, const void *weight, const float *mean, const float *rstd,
+                                  const void *residual, int64_t residual_stride, void *dx, int64_t dx_stride,
+                                  float *dweight, float *dbias, int64_t rows, int64_t cols);
+
+/* The weight and bias are of x's dtype or fp32. `partials`: 2 * min(1024, ceil(rows / 32)) * cols floats, needed with
+ * dweight or dbias.
+ */
+LT_API int lt_cuda_layer_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight,
+                                      const void *bias, void *y, int64_t y_stride, float *mean, float *rstd,
+                                      int64_t rows, int64_t cols, float eps, void *stream);
+LT_API int lt_cuda_add_layer_norm_forward(int dtype, const void *x, int64_t x_stride, const void *residual,
+                                          int64_t residual_stride, void *s, int64_t s_stride, int weight_dtype,
+                                          const void *weight, const void *bias, void *y, int64_t y_stride, float *mean,
+                                          float *rstd, int64_t rows, int64_t cols, float eps, void *stream);
+LT_API int lt_cuda_layer_norm_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
+                                       int weight_dtype, const void *weight, const float *mean, const float *rstd,
+                                       const void *residual, int64_t residual_stride, void *dx, int64_t dx_stride,
+                                       float *dweight, float *dbias, float *partials, int64_t rows, int64_t cols,
+                                       void *stream);
 
 /* ---- Rotary embedding ---------------------------------------------------------------------------------------------
  * In place, for every token and head of q and k: the pair (a, b) becomes (a c - b s, b c + a s) with c, s = cos,
@@ -378,6 +424,19 @@ LT_API int lt_bottleneck_backward(int dtype, const void *dy, int64_t dy_stride, 
                                   const float *down, const float *down_bias, const float *up, float scale,
                                   int activation, void *dx, int64_t dx_stride, float *ddown, float *ddown_bias,
                                   float *dup, float *dup_bias, int64_t rows, int64_t hidden, int64_t rank);
+
+/* rank is 1 to 256. Scratch: h and dz, rows * rank floats each; with c = ceil(rows / chunk_rows) sets of partial sums,
+ * `partials`, c * (rank * hidden + max(rank, hidden)) floats.
+ */
+LT_API int lt_cuda_bottleneck_forward(int dtype, const void *x, int64_t x_stride, const float *down,
+                                      const float *down_bias, const float *up, const float *up_bias, float scale,
+                                      int activation, void *y, int64_t y_stride, int64_t rows, int64_t hidden,
+                                      int64_t rank, void *stream);
+LT_API int lt_cuda_bottleneck_backward(int dtype, const void *dy, int64_t dy_stride, const void *x, int64_t x_stride,
+                                       const float *down, const float *down_bias, const float *up, float scale,
+                                       int activation, void *dx, int64_t dx_stride, float *ddown, float *ddown_bias,
+                                       float *dup, float *dup_bias, int64_t rows, int64_t hidden, int64_t rank,
+                                       float *h, float *dz, float *partials, int64_t chunk_rows, void *stream);
 
 /* ---- NF4 weights --------------------------------------------------------------------------------------------------
  * 4-bit NormalFloat (QLoRA) of a dense array of `size` elements, in blocks of 64: absmax [ceil(size / 64)] is a block's

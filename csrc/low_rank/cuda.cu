@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 2 ? 2 : 1)
             P::advance(parts, ahead);
         const unsigned char *a = shared + stage * P::kStageBytes, *b = a + P::kFirst;
         if (now.low)
-            multiply_tiles<typename P::S, typename P::Q, T>(sums, a, b, m, n, parts.part[now.part].scale);
+            multiply_tiles<typename P::S, typename P::Q, T, false>(sums, a, b, m, n, parts.part[now.part].scale);
         else
-            multiply_tiles<typename P::X, typename P::W, T>(sums, a, b, m, n, 1.0f);
+            multiply_tiles<typename P::X, typename P::W, T, false>(sums, a, b, m, n, 1.0f);
         P::advance(parts, now);
         stage = stage == kStages - 1 ? 0 : stage + 1;
     }
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 3)
         __syncthreads();
         copy(k + (kStages - 1) * J::kDepth, shared + (stage == 0 ? kStages - 1 : stage - 1) * J::kStageBytes);
         const unsigned char *a = shared + stage * J::kStageBytes;
-        multiply_tiles<typename J::X, typename J::P, T>(sums, a, a + J::X::kBytes, m, 0, 1.0f, 1, pairs);
+        multiply_tiles<typename J::X, typename J::P, T, true>(sums, a, a + J::X::kBytes, m, 0, 1.0f, 1, pairs);
         stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     cp_async_wait<0>();
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 3)
         __syncthreads();
         copy(t + (kStages - 1) * G::kDepth, shared + (stage == 0 ? kStages - 1 : stage - 1) * G::kStageBytes);
         const unsigned char *a = shared + stage * G::kStageBytes, *b = a + G::C::kBytes;
-        multiply_tiles<typename G::C, typename G::X, T>(sums, a, b, 0, n, 1.0f, row_blocks);
+        multiply_tiles<typename G::C, typename G::X, T, true>(sums, a, b, 0, n, 1.0f, row_blocks);
         if (sum_x) // a column a thread; rows past the end are zeros
             for (int i = 0; i < G::kDepth; ++i)
                 x_sum += widen(((const T *)b)[i * G::X::kStride + threadIdx.x]);

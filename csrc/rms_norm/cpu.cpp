@@ -1,94 +1,87 @@
 // RMSNorm. T rows of H columns; one row stays in cache between its two passes, so memory sees it once.
-#include "kernel.h"
+#include "norm.h"
 
 namespace lt {
 namespace LT_ISA {
 namespace {
 
 template <class T> float sum_of_squares(const T *x, int64_t cols) {
-    vf a = {}, b = {};
-    int64_t h = 0;
-    for (; h + 2 * W <= cols; h += 2 * W) {
-        const vf u = load(x + h), v = load(x + h + W);
-        a += u * u;
-        b += v * v;
-    }
-    for (; h + W <= cols; h += W) {
-        const vf u = load(x + h);
-        a += u * u;
-    }
-    const vf tail = load_part(x + h, cols - h);
-    return sum(a + b + tail * tail);
+    return sum_over(cols, [=](int64_t h, auto kind) {
+        const auto v = get(x + h, kind);
+        return v * v;
+    });
 }
 
 template <class T, class U> void scale_row(const T *x, const U *weight, float rstd, T *y, int64_t cols) {
-    int64_t h = 0;
-    for (; h + W <= cols; h += W)
-        store(y + h, load(x + h) * rstd * load(weight + h));
-    for (; h < cols; ++h)
-        narrow(widen(x[h]) * rstd * widen(weight[h]), y + h);
+    for_row(cols, [=](int64_t h, auto kind) { put(y + h, get(x + h, kind) * rstd * get(weight + h, kind)); });
 }
 
 template <class T, class U>
 void backward_row(const T *dy, const T *x, const U *weight, float rstd, const T *residual, T *dx, int64_t cols) {
-    vf dot = {};
-    int64_t h = 0;
-    for (; h + W <= cols; h += W)
-        dot += load(dy + h) * load(weight + h) * load(x + h);
-    dot += load_part(dy + h, cols - h) * load_part(weight + h, cols - h) * load_part(x + h, cols - h);
-    const float correction = sum(dot) * rstd * rstd * rstd / (float)cols;
-    for (h = 0; h + W <= cols; h += W) {
-        vf g = load(dy + h) * load(weight + h) * rstd - load(x + h) * correction;
+    const float dot = sum_over(
+        cols, [=](int64_t h, auto kind) { return get(dy + h, kind) * get(weight + h, kind) * get(x + h, kind); });
+    const float correction = dot * rstd * rstd * rstd / (float)cols;
+    for_row(cols, [=](int64_t h, auto kind) {
+        auto g = get(dy + h, kind) * get(weight + h, kind) * rstd - get(x + h, kind) * correction;
         if (residual)
-            g += load(residual + h);
-        store(dx + h, g);
-    }
-    for (; h < cols; ++h) {
-        float g = widen(dy[h]) * widen(weight[h]) * rstd - widen(x[h]) * correction;
-        if (residual)
-            g += widen(residual[h]);
-        narrow(g, dx + h);
-    }
+            g += get(residual + h, kind);
+        put(dx + h, g);
+    });
 }
 
 template <class T> void add_weight_gradient(const T *dy, const T *x, float rstd, float *dweight, int64_t cols) {
-    int64_t h = 0;
-    for (; h + W <= cols; h += W)
-        store(dweight + h, load(dweight + h) + load(dy + h) * load(x + h) * rstd);
-    for (; h < cols; ++h)
-        dweight[h] += widen(dy[h]) * widen(x[h]) * rstd;
+    for_row(cols, [=](int64_t h, auto kind) {
+        put(dweight + h, get(dweight + h, kind) + get(dy + h, kind) * get(x + h, kind) * rstd);
+    });
 }
 
-// Rows per partial sum of dweight: fixed, so that the sum does not depend on the number of threads.
-constexpr int64_t kRowsPerPartial = 256;
-constexpr int64_t kRowsPerChunk = 32;
+// residual and s are null, or s = x + residual is stored and takes x's place.
+int forward(int dtype, const void *x_, int64_t x_stride, const void *residual_, int64_t residual_stride, void *s_,
+            int64_t s_stride, int weight_dtype, const void *weight_, void *y_, int64_t y_stride, float *rstd,
+            int64_t rows, int64_t cols, float eps) {
+    return with_dtype(dtype, "x", [&](auto t) {
+        return with_dtype(weight_dtype, "weight", [&](auto u) {
+            typedef decltype(t) T;
+            typedef decltype(u) U;
+            const T *x = static_cast<const T *>(x_), *residual = static_cast<const T *>(residual_);
+            const U *weight = static_cast<const U *>(weight_);
+            T *s = static_cast<T *>(s_), *y = static_cast<T *>(y_);
+            parallel_for(rows, kRowsPerChunk, [&](int64_t begin, int64_t end, int) {
+                for (int64_t t = begin; t < end; ++t) {
+                    const T *row = x + t * x_stride;
+                    if (s) {
+                        add_rows(row, residual + t * residual_stride, s + t * s_stride, cols);
+                        row = s + t * s_stride;
+                    }
+                    rstd[t] = 1.0f / __builtin_sqrtf(sum_of_squares(row, cols) / (float)cols + eps);
+                    scale_row(row, weight, rstd[t], y + t * y_stride, cols);
+                }
+            });
+            return (int)LT_OK;
+        });
+    });
+}
 
 } // namespace
 } // namespace LT_ISA
 } // namespace lt
 
 LT_DEFINE(rms_norm_forward,
-          (int dtype, const void *x_, int64_t x_stride, int weight_dtype, const void *weight_, void *y_,
-           int64_t y_stride, float *rstd, int64_t rows, int64_t cols, float eps),
-          (dtype, x_, x_stride, weight_dtype, weight_, y_, y_stride, rstd, rows, cols, eps)) {
-    using namespace lt::LT_ISA;
-    return with_dtype(dtype, "x", [&](auto t) {
-        return with_dtype(weight_dtype, "weight", [&](auto u) {
-            typedef decltype(t) T;
-            typedef decltype(u) U;
-            const T *x = static_cast<const T *>(x_);
-            const U *weight = static_cast<const U *>(weight_);
-            T *y = static_cast<T *>(y_);
-            parallel_for(rows, kRowsPerChunk, [&](int64_t begin, int64_t end, int) {
-                for (int64_t t = begin; t < end; ++t) {
-                    const float mean = sum_of_squares(x + t * x_stride, cols) / (float)cols;
-                    rstd[t] = 1.0f / __builtin_sqrtf(mean + eps);
-                    scale_row(x + t * x_stride, weight, rstd[t], y + t * y_stride, cols);
-                }
-            });
-            return (int)LT_OK;
-        });
-    });
+          (int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight, void *y, int64_t y_stride,
+           float *rstd, int64_t rows, int64_t cols, float eps),
+          (dtype, x, x_stride, weight_dtype, weight, y, y_stride, rstd, rows, cols, eps)) {
+    return lt::LT_ISA::forward(dtype, x, x_stride, nullptr, 0, nullptr, 0, weight_dtype, weight, y, y_stride, rstd,
+                               rows, cols, eps);
+}
+
+LT_DEFINE(add_rms_norm_forward,
+          (int dtype, const void *x, int64_t x_stride, const void *residual, int64_t residual_stride, void *s,
+           int64_t s_stride, int weight_dtype, const void *weight, void *y, int64_t y_stride, float *rstd, int64_t rows,
+           int64_t cols, float eps),
+          (dtype, x, x_stride, residual, residual_stride, s, s_stride, weight_dtype, weight, y, y_stride, rstd, rows,
+           cols, eps)) {
+    return lt::LT_ISA::forward(dtype, x, x_stride, residual, residual_stride, s, s_stride, weight_dtype, weight, y,
+                               y_stride, rstd, rows, cols, eps);
 }
 
 LT_DEFINE(rms_norm_backward,
@@ -116,8 +109,8 @@ LT_DEFINE(rms_norm_backward,
             T *dx = static_cast<T *>(dx_);
             parallel_for(rows, chunk, [&](int64_t begin, int64_t end, int) {
                 float *mine = sums ? sums + begin / kRowsPerPartial * cols : nullptr;
-                for (int64_t h = 0; mine && h < cols; ++h)
-                    mine[h] = 0;
+                if (mine)
+                    memset(mine, 0, cols * sizeof(float));
                 for (int64_t t = begin; t < end; ++t) {
                     const T *dy_row = dy + t * dy_stride, *x_row = x + t * x_stride;
                     if (mine) // before dx is written: dx may be dy
@@ -130,11 +123,7 @@ LT_DEFINE(rms_norm_backward,
             return (int)LT_OK;
         });
     });
-    for (int64_t h = 0; dweight && status == LT_OK && h < cols; ++h) {
-        float total = 0;
-        for (int64_t p = 0; p < partials; ++p)
-            total += sums[p * cols + h];
-        dweight[h] = total;
-    }
+    if (status == LT_OK && dweight)
+        add_partials(sums, partials, cols, dweight, cols);
     return status;
 }

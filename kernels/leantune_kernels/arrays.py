@@ -132,6 +132,28 @@ def result(
     return found
 
 
+def address(x: View | None) -> int:
+    """Where an argument lies that may be left out."""
+    return 0 if x is None else x.address
+
+
+def copied(x: View, out: Any, name: str = "out", dense: bool = False) -> View:
+    """`out` or a new array, holding x's elements; nothing is copied where it is x itself."""
+    y = result(name, out, x.shape, x.dtype, x, dense)
+    if y.address != x.address or y.strides != x.strides:
+        np.copyto(np.asarray(y), np.asarray(x))
+    return y
+
+
+def within(name: str, numbers: View, end: int, what: str) -> None:
+    """ValueError unless all of these are in [0, end)."""
+    values = np.asarray(numbers)
+    wrong = (values < 0) | (values >= end)
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise ValueError(f"{name}[{at}]={values[at]} is outside [0, {end}), {what}")
+
+
 def _check(found: View, shape: Sequence[int | str], dtypes: str | tuple[str, ...]) -> None:
     allowed = (dtypes,) if isinstance(dtypes, str) else dtypes
     fits = len(found.shape) == len(shape) and all(

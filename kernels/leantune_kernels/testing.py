@@ -39,24 +39,58 @@ def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: f
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
+def dense(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An upstream gradient for `output`: standard normal, contiguous."""
+    return torch.randn(output.shape, generator=generator).to(output)
+
+
+def expanded(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An upstream gradient that is one number, every stride 0, as a sum's."""
+    return torch.randn((), generator=generator).to(output).expand(output.shape)
+
+
+def strided(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An upstream gradient whose first dimension is the densest, and no dimension contiguous."""
+    backwards = tuple(range(output.dim()))[::-1]
+    both = torch.randn(*output.shape[::-1], 2, generator=generator).to(output)
+    return both[..., 0].permute(backwards)
+
+
+Upstream = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
 def run(
-    function: Callable[..., Any], inputs: Inputs, case: Case, dtype: torch.dtype | None = None
+    function: Callable[..., Any],
+    inputs: Inputs,
+    case: Case,
+    dtype: torch.dtype | None = None,
+    upstream: Upstream = dense,
+    device: torch.device | str | None = None,
 ) -> list[torch.Tensor]:
     """Outputs of `function(**inputs)`, then the gradients of the case's arguments under a fixed upstream gradient.
 
-    With `dtype`, floating inputs of the test's dtype are converted first (fp64 for the truth).
+    With `dtype`, floating inputs of the test's dtype are converted first (fp64 for the truth). With `device`, the
+    function runs there; the results are on the CPU in any case.
     """
-    given = {k: _prepare(v, k in case.differentiable, dtype) for k, v in inputs.items()}
+    given = prepare(inputs, case, dtype, device)
     outputs = function(**given)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    gradients = [upstream(o, generator) for o in outputs]
     wanted = [given[k] for k in case.differentiable]
-    grads = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True) if wanted else ()
+    grads = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True) if wanted else ()
     missing = [k for k, g in zip(case.differentiable, grads, strict=True) if g is None]
     if missing:
         raise AssertionError(f"{case.name}: no gradient for {missing}")
-    return [o.detach() for o in outputs] + list(grads)
+    return [t.detach().cpu() for t in (*outputs, *grads)]
+
+
+def prepare(
+    inputs: Inputs, case: Case, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Inputs:
+    """The arguments of a call: floating tensors in `dtype`, tensors on `device`, with gradients where the case asks."""
+    on_device = {k: v.to(device) if device and isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    return {k: _prepare(v, k in case.differentiable, dtype) for k, v in on_device.items()}
 
 
 def _prepare(value: Any, needs_grad: bool, dtype: torch.dtype | None) -> Any:
@@ -78,6 +112,51 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return result if result == result else float("inf")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One output or gradient: its error against fp64, and the error it may have."""
+
+    name: str  # "output 0" or "gradient of x"
+    error: float
+    allowed: float
+
+
+class Expected:
+    """What a case's results must be: fp64 for the truth, plain PyTorch in `dtype` for the error that is allowed.
+
+    A floor of a few units in the last place keeps exact results of plain PyTorch from demanding the impossible.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        plain: Callable[..., Any],
+        factor: float = 1.5,
+        seed: int = 0,
+        upstream: Upstream = dense,
+    ) -> None:
+        self.case, self.upstream = case, upstream
+        self.inputs = case.make(torch.Generator().manual_seed(seed), dtype)
+        self.truth = run(plain, self.inputs, case, torch.float64, upstream)
+        yardstick = run(plain, self.inputs, case, None, upstream)
+        floor = 4 * torch.finfo(dtype).eps
+        self.allowed = [factor * error(own, exact) + floor for own, exact in zip(yardstick, self.truth, strict=True)]
+
+    def measure(self, kernel: Callable[..., Any], device: torch.device | str | None = None) -> list[Measured]:
+        """Errors of what `kernel` makes of the case. AssertionError for a gradient or a shape that is not there."""
+        values = run(kernel, self.inputs, self.case, None, self.upstream, device)
+        names = [f"gradient of {k}" for k in self.case.differentiable]
+        names = [f"output {i}" for i in range(len(self.truth) - len(names))] + names
+        if len(values) != len(names):
+            raise AssertionError(f"{self.case.name}: {len(values)} results instead of {len(names)}: {', '.join(names)}")
+        for name, value, exact in zip(names, values, self.truth, strict=True):
+            if value.shape != exact.shape:
+                raise AssertionError(f"{self.case.name}, {name}: shape {tuple(value.shape)}, not {tuple(exact.shape)}")
+        errors = (error(value, exact) for value, exact in zip(values, self.truth, strict=True))
+        return [Measured(*row) for row in zip(names, errors, self.allowed, strict=True)]
+
+
 def accept(
     case: Case,
     dtype: torch.dtype,
@@ -86,18 +165,7 @@ def accept(
     factor: float = 1.5,
     seed: int = 0,
 ) -> None:
-    """AssertionError unless every output and gradient of `kernel` is within `factor` of plain PyTorch's own error.
-
-    A floor of a few units in the last place keeps exact results of plain PyTorch from demanding the impossible.
-    """
-    inputs = case.make(torch.Generator().manual_seed(seed), dtype)
-    truth = run(plain, inputs, case, torch.float64)
-    yardstick = run(plain, inputs, case)
-    values = run(kernel, inputs, case)
-    floor = 4 * torch.finfo(dtype).eps
-    for i, (value, own, exact) in enumerate(zip(values, yardstick, truth, strict=True)):
-        if value.shape != exact.shape:
-            raise AssertionError(f"{case.name}, result {i}: shape {tuple(value.shape)}, not {tuple(exact.shape)}")
-        found, allowed = error(value, exact), factor * error(own, exact) + floor
-        if not found <= allowed:
-            raise AssertionError(f"{case.name}, {dtype}, result {i}: error {found:.3g}, allowed {allowed:.3g}")
+    """AssertionError unless every output and gradient of `kernel` is within `factor` of plain PyTorch's own error."""
+    for m in Expected(case, dtype, plain, factor, seed).measure(kernel):
+        if not m.error <= m.allowed:
+            raise AssertionError(f"{case.name}, {dtype}, {m.name}: error {m.error:.3g}, allowed {m.allowed:.3g}")

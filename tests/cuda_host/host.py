@@ -58,9 +58,6 @@ class Bytes:
     loaded: int
     stored: int
 
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.loaded + other.loaded, self.stored + other.stored)
-
 
 @dataclass(frozen=True)
 class Traffic:
@@ -70,14 +67,6 @@ class Traffic:
     requested: Bytes
     per_block: Bytes
     per_launch: Bytes
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.requested + other.requested, self.per_block + other.per_block, self.per_launch + other.per_launch
-        )
-
-
-NO_TRAFFIC = Traffic(*[Bytes(0, 0)] * 3)
 
 
 def read_traffic(traced: ctypes.CDLL) -> dict[str, Traffic]:
@@ -93,7 +82,7 @@ def read_traffic(traced: ctypes.CDLL) -> dict[str, Traffic]:
 
 
 def traffic(op: str, case: str, dtype: torch.dtype = torch.float32) -> dict[str, Traffic]:
-    """Traffic by kernel of one case of an op's cases.py, forward and backward: sum(result.values(), NO_TRAFFIC)."""
+    """Traffic by kernel of one case of an op's cases.py, forward and backward."""
     module = importlib.import_module(f"leantune_kernels.{op}.cases")
     [chosen] = [c for c in module.CASES if c.name == case]
     with kernels("traced") as traced:
@@ -101,3 +90,9 @@ def traffic(op: str, case: str, dtype: torch.dtype = torch.float32) -> dict[str,
         traced.lt_host_traffic_reset()
         testing.run(module.function, inputs, chosen)
         return read_traffic(traced)
+
+
+def moved(op: str, case: str, dtype: torch.dtype = torch.float32) -> Bytes:
+    """What memory sees of one case, forward and backward, all kernels together: each byte once a launch."""
+    each = [found.per_launch for found in traffic(op, case, dtype).values()]
+    return Bytes(sum(b.loaded for b in each), sum(b.stored for b in each))

@@ -357,7 +357,23 @@ def test_kernels_lists_every_op_with_reasons() -> None:
     assert sorted(table) == leantune_kernels.ops()
     assert table["rms_norm"]["reference"] is None and table["rms_norm"]["cuda"]
     shown = leantune("kernels").stdout
-    assert "rms_norm" in shown and "yes" in shown
+    assert "rms_norm" in shown and "yes" in shown and "RMSNorm: y = " in shown
+    assert "(1) " in shown, "the reasons are listed below the table"
+    assert json.loads(leantune("kernels", "--json", "--dtype", "bfloat16").stdout)["rms_norm"]["cpu"] is None
+    refused(leantune("kernels", "--dtype", "int8"), "dtype='int8' is unknown; use float32, bfloat16, float16")
+    refused(leantune("kernels", "--op", "rope"), "add it")
+
+
+def test_kernels_check_runs_the_conformance_kit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "kernels")
+    given = ("kernels", "--check", "--op", "rms_norm", "--dtype", "float32")
+    result = leantune(*given, "--implementation", "cpu")
+    assert result.exit_code == 0 and "rms_norm" in result.stdout and "ok" in result.stdout, result.output
+    result = leantune(*given, "--impl", "wrong_rms_norms:without_eps")
+    assert result.exit_code == 1 and "FAILED" in result.stdout, result.output
+    (report,) = json.loads(leantune(*given, "--impl", "wrong_rms_norms:without_eps", "--json").stdout)
+    assert not report["passed"] and set(report["failures"]) == {"error"}
+    refused(leantune("kernels", "--check", "--op", "norm"), "op='norm' is unknown; use .*rms_norm")
 
 
 def test_threads_are_set_before_anything_runs(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,16 @@
 """The CUDA part: what can be shown without a device, and what runs where there is one."""
 
 import ctypes
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import leantune_kernels
 from leantune_kernels import cuda, testing
 from leantune_kernels.dispatch import Op
-from leantune_kernels.rms_norm import cases
 
 HEADER = Path(__file__).parent.parent.parent / "csrc" / "include" / "leantune_kernels.h"
 built = pytest.mark.skipif(cuda.library() is None, reason="built without nvcc")
@@ -36,14 +37,27 @@ def test_machine_code_for_each_architecture_is_inside():
     assert {b"sm_80", b"sm_90", b"sm_100"} <= set(re.findall(rb"sm_\d+", content))
 
 
+def all_cases():
+    for op in leantune_kernels.ops():
+        if Op(f"leantune_kernels.{op}").implementation("cuda") is not None:
+            module = importlib.import_module(f"leantune_kernels.{op}.cases")
+            for case in module.CASES:
+                for dtype in getattr(module, "DTYPES", [torch.float32, torch.bfloat16, torch.float16]):
+                    yield pytest.param(module, case, dtype, id=f"{op}-{case.name}-{dtype}")
+
+
+def move(value, device):
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(each, device) for each in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
-def test_on_a_device(case, dtype, monkeypatch):
+@pytest.mark.parametrize(("module", "case", "dtype"), all_cases())
+def test_on_a_device(module, case, dtype, monkeypatch):
     monkeypatch.setenv("LEANTUNE_IMPL", "cuda")
 
     def on_device(**inputs):
-        moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        return cases.function(**moved).cpu()
+        return move(module.function(**{name: move(value, "cuda") for name, value in inputs.items()}), "cpu")
 
-    testing.accept(case, dtype, on_device, cases.plain)
+    testing.accept(case, dtype, on_device, module.plain, getattr(module, "FACTOR", 1.5))

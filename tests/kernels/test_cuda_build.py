@@ -136,6 +136,17 @@ def test_kernels_are_named_once_and_have_a_budget():
         )
 
 
+@pytest.mark.parametrize(
+    "path", [*CSRC.glob("*/cuda.cu"), *CSRC.glob("*/*.cuh")], ids=lambda p: str(p.relative_to(CSRC))
+)
+def test_sources_keep_to_what_the_emulator_understands_and_to_a_fixed_order(path):
+    code = re.sub(r"//.*", "", path.read_text())
+    assert "<<<" not in code, "launch() checks the launch and runs on the emulator"
+    assert not re.search(r"\batomic\w*\(", code), "atomics make results differ from run to run"
+    if path.name != "cuda_kernel.cuh":
+        assert "__shared__" not in code, "LT_SHARED and LT_DYNAMIC_SHARED are what the emulator guards"
+
+
 def test_each_kernel_is_in_the_library_for_each_architecture(usage):
     expected = {(kernel.name, architecture) for kernel in KERNELS for architecture in ARCHITECTURES}
     assert set(usage) == expected

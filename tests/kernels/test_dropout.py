@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from cuda_host import host
 from leantune_kernels.cpu import lib
-from leantune_kernels.dropout import dropout, forward, native_impl, reference, threshold
+from leantune_kernels.dropout import cuda_impl, dropout, forward, native_impl, reference, threshold
 
 LEVELS = ["base", "avx2", "avx512"]
 
@@ -48,6 +49,32 @@ def test_mask_is_the_references(level, seed, offset):
         for p in (0.05, 0.5, 0.999999):
             expected = reference.forward(x, threshold(p), 1.0, seed, offset)
             assert torch.equal(native_impl.forward(x, threshold(p), 1.0, seed, offset), expected)
+
+
+def check_bits(implementation, dtypes):
+    """Values, not only masks: bit by bit the reference's."""
+    for n, offset in ((1, 0), (5, 0), (2051, 0), (2048, 4), (1027, 3), (700, 2**62 + 3)):
+        for seed in (0, 2**64 - 1):
+            for dtype in dtypes:
+                x = torch.randn(n).to(dtype)
+                arguments = (threshold(0.3), 1 / 0.7, seed, offset)
+                assert torch.equal(implementation.forward(x, *arguments), reference.forward(x, *arguments))
+
+
+def test_the_cuda_kernel_gives_the_references_bits():
+    x = torch.randn(1030)[3:]  # no multiple of 16 bytes
+    with host.kernels("plain"):
+        check_bits(cuda_impl, (torch.float32, torch.bfloat16, torch.float16))
+        arguments = (threshold(0.3), 1 / 0.7, 5, 8)
+        assert torch.equal(cuda_impl.forward(x, *arguments), reference.forward(x, *arguments))
+
+
+def test_the_triton_kernel_gives_the_references_bits():
+    """Not in bf16: the interpreter truncates where a device rounds."""
+    triton_impl = pytest.importorskip("leantune_kernels.dropout.triton_impl", reason="needs triton")
+    if triton_impl.refuses(torch.empty(0)):
+        pytest.skip(triton_impl.refuses(torch.empty(0)))
+    check_bits(triton_impl, (torch.float32, torch.float16))
 
 
 def test_mask_belongs_to_the_position():

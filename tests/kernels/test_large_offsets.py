@@ -3,10 +3,13 @@
 The memory between the rows is never touched, so it is address space alone.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from leantune_kernels import activation, glu, rms_norm, rope
+from cuda_host import host
+from leantune_kernels import activation, embedding, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 from leantune_kernels.rope.cases import tables
 
 ROWS, COLS, TENSORS = 2, 40, 5
@@ -47,16 +50,69 @@ def test_rms_norm(far):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def kernels(request):
+    """`with kernels():` runs the C++ kernels, or the CUDA ones on the cpu."""
+    return (lambda: host.kernels("plain")) if request.param == "cuda" else nullcontext
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("heads_first", [False, True])
-def test_rope(far, heads_first):
+def test_rope(far, kernels, heads_first, interleaved):
     x = torch.randn(ROWS, COLS, dtype=far.dtype)
     shape = (ROWS, 2, COLS // 2)  # tokens, heads, head_dim
     near, distant = (t.view(shape).transpose(0, int(heads_first)) for t in (x, far(x)))
+    k = torch.randn(2, 1, COLS // 2, dtype=far.dtype)
     cos, sin = tables(9, COLS // 4)
     positions = torch.tensor([3, 8])
-    rope.apply_(near, cos, sin, positions)
-    rope.apply_(distant, cos, sin, positions)
+    with kernels():
+        rope.apply_(near, cos, sin, positions, interleaved=interleaved, k=k.clone())
+        rope.apply_(distant, cos, sin, positions, interleaved=interleaved, k=k)
     assert torch.equal(distant, near)
+
+
+def test_embedding(far, kernels):
+    weight, dy = (torch.randn(ROWS, COLS, dtype=far.dtype) for _ in range(2))
+    nan = torch.full_like(weight, torch.nan)
+    ids = torch.tensor([1, 0])
+    with kernels():
+        y, far_y = embedding.forward(ids, weight), embedding.forward(ids, far(weight), out=far(nan))
+        wanted, found = embedding.backward(dy, ids, nan.clone()), embedding.backward(far(dy), ids, far(nan))
+    assert torch.equal(far_y, y) and torch.equal(found, wanted)
+
+
+def test_cross_entropy_rows(far, kernels):
+    logits, teacher = torch.randn(ROWS, COLS), torch.randn(ROWS, COLS, dtype=far.dtype)
+    targets = torch.tensor([3, 39])
+    options = {"targets": targets, "row_scale": None, "scale": 1.0, "need_gradient": True}
+    soft = {"alpha": 0.5, "temperature": 2.0}
+    with kernels():
+        implementation = linear_cross_entropy.OP.pick(logits)
+        near, distant = logits.clone(), logits.clone()
+        wanted = implementation.distillation_rows(logits=near, teacher=teacher, **soft, **options)
+        found = implementation.distillation_rows(logits=distant, teacher=far(teacher), **soft, **options)
+        assert torch.equal(found, wanted) and torch.equal(distant, near)
+        if far.dtype == torch.float32:  # that of the logits
+            near, distant = logits.clone(), far(logits)
+            wanted, found = (
+                implementation.cross_entropy_rows(logits=x, label_smoothing=0.1, z_loss=0.01, **options)
+                for x in (near, distant)
+            )
+            assert torch.equal(found, wanted) and torch.equal(distant, near)
+
+
+def test_layer_norm_of_a_sum(far):
+    x, dy, residual = (torch.randn(ROWS, COLS, dtype=far.dtype) for _ in range(3))
+    weight, bias = torch.randn(2, COLS, dtype=far.dtype)
+    near_sum, far_sum = torch.empty_like(x), far(residual)
+    wanted = layer_norm.forward(x, weight, bias, 1e-5, None, residual, near_sum)
+    found = layer_norm.forward(far(x), weight, bias, 1e-5, far(torch.full_like(x, torch.nan)), far_sum, far_sum)
+    assert torch.equal(far_sum, near_sum) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    far_dy = far(dy)
+    needed = {"need_dweight": True, "need_dbias": True}
+    wanted = layer_norm.backward(dy, near_sum, weight, *wanted[1:], near_sum, **needed)
+    found = layer_norm.backward(far_dy, far_sum, weight, *found[1:], far_sum, far_dy, **needed)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", activation.ACTIVATIONS)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cuda_host import host
 from leantune_kernels import testing
 from leantune_kernels.cpu import lib
-from leantune_kernels.linear_cross_entropy import forward, linear_cross_entropy, native_impl, reference
+from leantune_kernels.linear_cross_entropy import cuda_impl, forward, linear_cross_entropy, native_impl, reference
 from leantune_kernels.linear_cross_entropy.cases import _case
 
 
@@ -58,6 +59,40 @@ def test_rows_refuse_a_target_outside_the_vocabulary():
     logits, targets, losses = torch.zeros(2, 5), torch.tensor([0, 5]), torch.zeros(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"targets\[1\] = 5 is outside \[0, 5\)"):
         lib.cross_entropy_rows(logits.data_ptr(), 5, targets.data_ptr(), 0, 1.0, 0.0, 0.0, 0, losses.data_ptr(), 2, 5)
+
+
+OPTIONS = {"row_scale": None, "scale": 0.5, "need_gradient": True}
+
+
+@pytest.mark.parametrize("cols", [5, 132, 60_000], ids=["scalar", "vectors", "beyond shared memory"])
+def test_cuda_rows_are_the_references(cols):
+    """Rows 16 bytes apart or not; the last size does not fit the shared memory that the emulator has."""
+    logits, teacher = torch.randn(2, 2, cols).mul(4).unbind(0)
+    targets = torch.tensor([0, cols - 1])
+    for name, options in (
+        ("cross_entropy_rows", {"label_smoothing": 0.1, "z_loss": 0.01}),
+        ("distillation_rows", {"teacher": teacher, "alpha": 0.6, "temperature": 2.0}),
+    ):
+        expected, found = logits.clone(), logits.clone()
+        wanted = getattr(reference, name)(logits=expected, targets=targets, **OPTIONS, **options)
+        with host.kernels("plain"):
+            losses = getattr(cuda_impl, name)(logits=found, targets=targets, **OPTIONS, **options)
+        torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_cuda_row_with_an_impossible_target_is_nan():
+    logits, targets = torch.randn(3, 8), torch.tensor([1, 8, -100])
+    teacher = torch.randn(3, 8)
+    with host.kernels("plain"):
+        for name, options in (
+            ("cross_entropy_rows", {"label_smoothing": 0.0, "z_loss": 0.0}),
+            ("distillation_rows", {"teacher": teacher, "alpha": 0.6, "temperature": 2.0}),
+        ):
+            x = logits.clone()
+            losses = getattr(cuda_impl, name)(logits=x, targets=targets, **OPTIONS, **options)
+            assert losses.isnan().tolist() == [False, True, True]
+            assert x.isnan().any(1).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,6 +1,7 @@
 """leantune_kernels.native against plain NumPy in fp64: values, layouts, results in the caller's arrays, errors."""
 
 import array
+import math
 import mmap
 import os
 import subprocess
@@ -60,6 +61,94 @@ def test_rms_norm(rows, cols):
     dx, dweight = native.rms_norm_backward(dy, x, weight, rstd, residual)
     close(dx, derivative(lambda v: rms_norm_fp64(v, weight, 1e-5), x, dy) + residual, 1e-4)
     close(dweight, (dy * rms_norm_fp64(x, np.ones(cols), 1e-5)).sum(0), 1e-4)
+
+
+def test_rms_norm_of_a_sum():
+    x, residual, weight = normal(3, 7), normal(3, 7), normal(7)
+    y, rstd, s = native.rms_norm(x, weight, 1e-5, residual)
+    assert np.array_equal(s, x + residual)
+    assert all(np.array_equal(a, b) for a, b in zip((y, rstd), native.rms_norm(s, weight, 1e-5), strict=True))
+
+
+@pytest.mark.parametrize("bias", [None, normal(6)])
+def test_layer_norm(bias):
+    x, weight, dy, residual = normal(4, 6), normal(6), normal(4, 6), normal(4, 6)
+
+    def plain(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + (0 if bias is None else bias)
+
+    y, mean, rstd = native.layer_norm(x, weight, bias)
+    close(y, plain(wide(x)))
+    dx, dweight, dbias = native.layer_norm_backward(dy, x, weight, mean, rstd, residual)
+    close(dx, derivative(plain, x, dy) + residual, 1e-4)
+    close(dweight, (dy * (wide(x) - mean[:, None]) * rstd[:, None]).sum(0))
+    close(dbias, wide(dy).sum(0))
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * 0.5 * np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)), otypes=[float])(x),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_their_gated_forms(name):
+    plain = ACTIVATIONS[name]
+    x, up, dy = normal(3, 7), normal(3, 7), normal(3, 7)
+    close(native.activation(x, name), plain(wide(x)))
+    close(native.activation_backward(dy, x, name), derivative(plain, x, dy))
+    close(native.glu(x, up, name), plain(wide(x)) * up)
+    d_gate, d_up = native.glu_backward(dy, x, up, name)
+    close(d_gate, derivative(plain, x, dy * up))
+    close(d_up, plain(wide(x)) * dy)
+    assert native.glu_backward(dy, x, up, name, out=(x, up))[0] is x
+    assert np.array_equal(x, d_gate) and np.array_equal(up, d_up)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 2)])
+def test_attention(causal, window):
+    q, k, v, do = normal(7, 4, 5), normal(7, 2, 5), normal(7, 2, 5), normal(7, 4, 5)
+    bounds = np.array([0, 3, 3, 7])
+    options = {"causal": causal, "window": window}
+
+    def plain(q, k, v):
+        o = np.zeros(q.shape)
+        for h in range(4):
+            for t in range(7):
+                own = [j for j in range(7) if (j < 3) == (t < 3) and (not causal or j <= t)]
+                own = [j for j in own if window is None or abs(t - j) < window]
+                p = np.exp(q[t, h] @ k[own, h // 2].T / 5**0.5)
+                o[t, h] = p @ v[own, h // 2] / p.sum()
+        return o
+
+    o, lse = native.attention(q, k, v, bounds, **options)
+    close(o, plain(*map(wide, (q, k, v))))
+    dq, dk, dv = native.attention_backward(do, q, k, v, o, lse, bounds, **options)
+    close(dq, derivative(lambda x: plain(x, wide(k), wide(v)), q, do), 1e-4)
+    close(dk, derivative(lambda x: plain(wide(q), x, wide(v)), k, do), 1e-4)
+    close(dv, derivative(lambda x: plain(wide(q), wide(k), x), v, do), 1e-4)
+
+
+def test_embedding():
+    weight, ids, dy = normal(5, 3), np.array([4, 0, 4, 1], np.int32), normal(4, 3)
+    close(native.embedding(ids, weight, scale=2.0), 2 * wide(weight)[ids])
+    wanted = np.zeros((5, 3))
+    np.add.at(wanted, ids, 2 * wide(dy))
+    close(native.embedding_backward(dy, ids, 5, scale=2.0), wanted)
+    wanted[4] = 0
+    out = np.full((5, 3), np.nan, np.float16)
+    close(native.embedding_backward(dy, ids, 5, scale=2.0, padding_idx=4, out=out), wanted, 1e-2)
+
+
+def test_int8_by_rows():
+    x = normal(4, 9)
+    x[2] = 0
+    codes, scales = native.int8_quantise(x)
+    close(scales, np.abs(wide(x)).max(1) / 127)
+    close(native.int8_dequantise(codes, scales), wide(codes) * wide(scales)[:, None])
+    assert np.abs(native.int8_dequantise(codes, scales) - x).max() <= scales.max() / 2 * 1.001
 
 
 def test_rope_turns_and_turns_back():
@@ -139,6 +228,29 @@ def test_adamw_makes_new_arrays_or_updates_in_place():
     assert native.adamw(p, g, m, v, **numbers, out=(p, m, v))[0][0] is p[0]
     for after, before in zip(new, (p, m, v), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_sgd_and_rmsprop_are_pytorchs():
+    p, g, state = normal(3, 5), normal(3, 5), np.zeros((3, 5), np.float32)
+    for kernel, optimizer, numbers in (
+        (native.sgd, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (native.rmsprop, torch.optim.RMSprop, {"alpha": 0.9}),
+    ):
+        own = torch.nn.Parameter(torch.tensor(p))
+        reference = optimizer([own], lr=0.1, weight_decay=0.01, **numbers)
+        params, states = [p], [state]
+        for step in (1, 2, 3):
+            own.grad = torch.tensor(g * step)
+            reference.step()
+            params, states = kernel(params, [g * step], states, step=step, lr=0.1, weight_decay=0.01, **numbers)
+        close(params[0], own.detach().numpy())
+
+
+def test_bfloat16_parameters_are_rounded_stochastically():
+    p, grad = torch.ones(4096, dtype=torch.bfloat16), torch.ones(4096)
+    m, v = torch.zeros(4096), torch.zeros(4096)
+    native.adamw([p], [grad], [m], [v], step=1, lr=1e-3, out=([p], [m], [v]))
+    assert abs(float(p.float().mean()) - (1 - 1e-3)) < 2e-4 and len(p.unique()) == 2
 
 
 def test_grad_norm_and_clipping():
@@ -250,6 +362,10 @@ X, W = normal(2, 3), normal(3)
         (lambda: native.rms_norm(OnAnotherDevice(), W), "x cannot be read .* device is of DLPack type 2; move it"),
         (lambda: native.rms_norm(torch.ones(2, 3, requires_grad=True), W), r"x cannot .* use tensor.detach\(\)"),
         (lambda: native.cross_entropy(X, np.array([0, 3])), r"targets\[1\]=3 is outside \[0, 3\), the columns of"),
+        (lambda: native.glu(X, X, "relu"), "activation='relu' is none of silu, gelu, gelu_tanh"),
+        (lambda: native.attention(X[None], X[None], X[None], [0, 1]), "cu_seqlens is a list"),
+        (lambda: native.attention(X[None], X[None], X[None], np.array([0, 2])), r"cu_seqlens=\[0, 2\] must start at 0"),
+        (lambda: native.embedding(np.array([2]), X), r"ids\[0\]=2 is outside \[0, 2\), the rows of weight"),
         (lambda: native.rope(X[None], X, X, np.array([2])), r"cos has 3 columns; at most half of x's 3 can be turned"),
         (lambda: native.dropout(X, 1.0, 0), r"p=1.0, seed=0, offset=0; they must be in \[0, 1\)"),
         (lambda: native.adamw([X], [], [X], [X], step=1, lr=1.0), "grads has 0 arrays; params has 1"),

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cuda_host import host
 from leantune_kernels import rope
+from leantune_kernels.rope import cuda_impl
 from leantune_kernels.rope.cases import tables
 from leantune_kernels.rope.reference import plain
 
@@ -67,7 +69,7 @@ def test_interleaved_matches_rotate_every_two_of_gpt_j():
     assert torch.equal(y[..., 12:], x[..., 12:])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(0, 40),
     heads=st.integers(1, 5),
@@ -123,6 +125,28 @@ def test_a_gradient_used_twice():
     (gradient,) = torch.autograd.grad(y + y, x, torch.ones_like(y))
     (once,) = torch.autograd.grad(rope.rope(x, cos, sin, torch.arange(4)), x, torch.ones_like(y))
     torch.testing.assert_close(gradient, 2 * once)
+
+
+def check_unknown_positions(implementation):
+    """What a device does with positions that nobody has checked."""
+    x, (cos, sin) = torch.randn(4, 2, 10), tables(5, 3)
+    y = x.clone()
+    implementation.apply_(y, None, cos, sin, torch.tensor([4, 5, -1, 0]), False, False)
+    assert y[[1, 2], :, :6].isnan().all() and torch.equal(y[..., 6:], x[..., 6:])
+    wanted = plain(x[[0, 3]], cos, sin, torch.tensor([4, 0]))
+    torch.testing.assert_close(y[[0, 3]], wanted, rtol=0, atol=1e-6)
+
+
+def test_unknown_positions_in_the_cuda_kernel():
+    with host.kernels("plain"):
+        check_unknown_positions(cuda_impl)
+
+
+def test_unknown_positions_in_the_triton_kernel():
+    triton_impl = pytest.importorskip("leantune_kernels.rope.triton_impl", reason="needs triton")
+    if triton_impl.refuses(torch.empty(0)):
+        pytest.skip(triton_impl.refuses(torch.empty(0)))
+    check_unknown_positions(triton_impl)
 
 
 def test_errors_name_the_argument():

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Option
 
 from leantune.commands import options
-from leantune.errors import DataError
-
-if TYPE_CHECKING:
-    from rich.text import Text
+from leantune.errors import ConfigError, DataError
 
 
 def inspect_data(
@@ -45,32 +42,88 @@ def inspect_data(
 
 def kernels(
     as_json: Annotated[
-        bool, Option("--json", metavar="", help="Print {op: {implementation: null if it can serve, else why not}}.")
+        bool,
+        Option(
+            "--json",
+            metavar="",
+            help="Print {op: {implementation: null if it can serve, else why not}}; with --check a list of reports.",
+        ),
     ] = False,
+    device: Annotated[str, Option(help="Device that tensors would lie on, such as cuda.", metavar="NAME")] = "cpu",
+    dtype: Annotated[
+        list[str] | None,
+        Option(
+            help="float32, bfloat16 or float16. Repeatable with --check.",
+            show_default="float32; all of them with --check",
+            metavar="NAME",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, Option("--check", metavar="", help="Run the conformance kit; the exit code is 1 if a check fails.")
+    ] = False,
+    op: Annotated[
+        list[str] | None, Option(help="With --check: an op; all by default. Repeatable.", metavar="NAME")
+    ] = None,
+    implementation: Annotated[
+        list[str] | None,
+        Option(
+            help="With --check: cuda, triton, cpu or reference; all that can serve by default. Repeatable.",
+            metavar="NAME",
+        ),
+    ] = None,
+    impl: Annotated[
+        str | None,
+        Option(help="With --check and --op: check this function of your own instead.", metavar="MODULE:FUNCTION"),
+    ] = None,
 ) -> None:
-    """List every op with its implementations: which can serve a float32 CPU tensor here, and why others cannot.
+    """List every op with its implementations: which can serve a tensor here, and why others cannot.
 
     The first that can is used, from left to right. LEANTUNE_IMPL=reference (or rms_norm:cpu,rope:reference) forces.
-    """
-    from leantune_kernels import dispatch
 
-    table = dispatch.table()
+    --check runs every op's own cases on these implementations: errors against float64, outputs in memory full of NaN,
+    upstream gradients of any strides, arguments left as they were, the same bits twice.
+    """
+    from leantune_kernels import conformance
+
+    try:
+        if check:
+            reports = list(conformance.check(op or (), implementation or (), dtype or (), device, impl))
+            if as_json:
+                typer.echo(json.dumps(conformance.as_json(reports), indent=2))
+            else:
+                conformance.show(reports)
+            raise typer.Exit(0 if all(report.passed for report in reports) else 1)
+        if op or implementation or impl or (dtype and dtype[1:]):
+            raise ConfigError("--op, --implementation, --impl and a second --dtype are for --check; add it")
+        table = conformance.support(device, dtype[0] if dtype else "float32")
+    except conformance.UnknownName as error:
+        raise ConfigError(str(error)) from error
     if as_json:
         typer.echo(json.dumps(table, indent=2))
-        return
+    else:
+        _show_support(table)
+
+
+def _show_support(table: dict[str, dict[str, str | None]]) -> None:
+    """Two lines an op, with numbers for the reasons, which repeat themselves."""
     from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(show_lines=True)
-    shown.add_column("op", no_wrap=True)
-    for name in dispatch.IMPLEMENTATIONS:
-        shown.add_column(name)
-    for op, reasons in table.items():
-        shown.add_row(op, *(_cell(reasons[name]) for name in dispatch.IMPLEMENTATIONS))
-    Console().print(shown)
-
-
-def _cell(reason: str | None) -> Text:
+    from rich.padding import Padding
     from rich.text import Text
 
-    return Text("yes", "green") if reason is None else Text(reason, "dim")
+    from leantune_kernels import dispatch
+
+    console, reasons = Console(), list[str]()
+    wide = max(map(len, table)) + 2
+    console.print(Text(" " * wide + "".join(name.ljust(11) for name in dispatch.IMPLEMENTATIONS), "bold"))
+    for op, found in table.items():
+        line = Text(op.ljust(wide), "bold")
+        for reason in found.values():
+            if reason is None:
+                line.append("yes".ljust(11), "green")
+            else:
+                reasons += [] if reason in reasons else [reason]
+                line.append(f"no ({reasons.index(reason) + 1})".ljust(11), "dim")
+        console.print(line)
+        console.print(Padding(Text(dispatch.Op(f"leantune_kernels.{op}").about, "dim"), (0, 0, 0, 2)))
+    for number, reason in enumerate(reasons, 1):
+        console.print(Text(f"({number}) {reason}"), highlight=False)

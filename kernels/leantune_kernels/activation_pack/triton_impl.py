@@ -23,7 +23,7 @@ def _convert_kernel(x_ptr, x_stride, y_ptr, y_stride, rows, cols, ROWS: tl.const
     tl.store(y_ptr + row * y_stride + i, tl.load(x_ptr + row * x_stride + i, mask=mask).to(tl.float32), mask=mask)
 
 
-def _convert(x, y):  # type: ignore[no-untyped-def]
+def _convert(x, y):
     if x.numel():
         block = power_of_two(x.shape[1], at_most=TILE)
         _convert_kernel[(ceil_div(x.shape[0], TILE // block), ceil_div(x.shape[1], block))](
@@ -32,9 +32,9 @@ def _convert(x, y):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def pack_bf16(x, data):  # type: ignore[no-untyped-def]
+def pack_bf16(x, data):
     _convert(rows(x), data)
 
 
-def unpack_bf16(data, out):  # type: ignore[no-untyped-def]
+def unpack_bf16(data, out):
     _convert(data, out)

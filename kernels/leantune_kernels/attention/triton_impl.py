@@ -42,15 +42,20 @@ def _own_block(cu_ptr, sequences, BLOCK: tl.constexpr):
 
 @triton.jit
 def _met(first, length, back, ahead, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """What the positions [first, first + BLOCK) meet, each from `back` before it to `ahead` after it, by STEP.
+    """(start, end) of what the positions [first, first + BLOCK) meet, `back` before to `ahead` after each, by STEP."""
+    return tl.maximum(first - back, 0) // STEP * STEP, tl.minimum(length, first + BLOCK + ahead)
 
-    Returns (start, full, full_end, end): the blocks of [full, full_end) need no mask.
-    """
-    end = tl.minimum(length, first + BLOCK + ahead)
-    start = tl.maximum(first - back, 0) // STEP * STEP
-    full = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK - 1 - back, 0), STEP) * STEP, end)
-    full_end = tl.maximum(tl.minimum(length, first + ahead + 1) // STEP * STEP, full)
-    return start, full, full_end, end
+
+@triton.jit
+def _mask(
+    scores, row, key, first, start, length, before, after, unseen: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """`scores` of the rows from `first` on and the keys from `start` on, `unseen` where a row does not see a key."""
+    if (start < first + ROWS - 1 - before) | (start + KEYS - 1 > first + after) | (start + KEYS > length):
+        ahead = key - row
+        scores = tl.where((ahead >= -before) & (ahead <= after) & (key < length), scores, unseen)
+    return scores
 
 
 @triton.jit
@@ -58,29 +63,6 @@ def _load(ptr, stride, at, length, d, dim: tl.constexpr, DOT: tl.constexpr):
     """Rows `at` of a [length, dim] matrix, zeros beyond its edges, as the products take them."""
     inside = (at < length)[:, None] & (d < dim)[None, :]
     return tl.load(ptr + at.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0).to(DOT)
-
-
-@triton.jit
-def _attend(
-    acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, start, end, row, length, before, after, scale, d,
-    dim: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Online softmax of the rows over the keys [start, end)."""
-    for key in range(start, end, BLOCK_N):
-        j = key + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if MASKED:
-            ahead = j[None, :] - row[:, None]
-            s = tl.where((ahead >= -before) & (ahead <= after) & (j < length)[None, :], s, float("-inf"))
-        highest = tl.maximum(m, tl.max(s, 1))
-        shrink = tl.exp2(m - highest)
-        p = tl.exp2(s - highest[:, None])
-        v = _load(v_ptr, v_stride, j, length, d, dim, DOT)
-        acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee")
-        l = l * shrink + tl.sum(p, 1)
-        m = highest
-    return acc, m, l
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "before", "after"])
@@ -103,13 +85,19 @@ def _forward_kernel(
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    start, full, full_end, end = _met(first, length, before, after, BLOCK_M, BLOCK_N)
-    acc, m, l = _attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, start, full, row, length, before, after, scale,
-                        d, dim, True, DOT, BLOCK_N)  # fmt: skip
-    acc, m, l = _attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, full, full_end, row, length, before, after,
-                        scale, d, dim, False, DOT, BLOCK_N)  # fmt: skip
-    acc, m, l = _attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, full_end, end, row, length, before, after,
-                        scale, d, dim, True, DOT, BLOCK_N)  # fmt: skip
+    start, end = _met(first, length, before, after, BLOCK_M, BLOCK_N)
+    for key in range(start, end, BLOCK_N):
+        j = key + tl.arange(0, BLOCK_N)
+        k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = _mask(s, row[:, None], j[None, :], first, key, length, before, after, float("-inf"), BLOCK_M, BLOCK_N)
+        highest = tl.maximum(m, tl.max(s, 1))
+        shrink = tl.exp2(m - highest)
+        p = tl.exp2(s - highest[:, None])
+        v = _load(v_ptr, v_stride, j, length, d, dim, DOT)
+        acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee")
+        l = l * shrink + tl.sum(p, 1)
+        m = highest
     inside = row < length
     l = tl.where(inside, l, 1.0)  # rows beyond the sequence may have seen nothing
     o_at = o_ptr + (token + row)[:, None] * o_stride + head * o_head + d[None, :]
@@ -131,30 +119,12 @@ def _delta_kernel(
     tl.store(delta_ptr + head * tokens + t, tl.sum(do * o, 1), mask=t < tokens)
 
 
-@triton.jit
-def _gradient_of_rows(
-    acc, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, end, row, length, before, after, scale, d,
-    dim: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """acc += dS K over the keys [start, end), dS = P * (dO V^T - delta)."""
-    for key in range(start, end, BLOCK_N):
-        j = key + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
-        v = _load(v_ptr, v_stride, j, length, d, dim, DOT)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
-        if MASKED:
-            ahead = j[None, :] - row[:, None]
-            p = tl.where((ahead >= -before) & (ahead <= after) & (j < length)[None, :], p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-        acc = tl.dot(ds.to(DOT), k, acc, input_precision="ieee")
-    return acc
-
-
 @triton.jit(do_not_specialize=["tokens", "sequences", "before", "after"])
 def _query_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, lse_ptr, delta_ptr, cu_ptr, do_stride, do_head, q_stride, q_head, k_stride,
     k_head, v_stride, v_head, dq_stride, dq_head, tokens, sequences, group, before, after, scale, scale_log2,
-    dim: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dim: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     begin, length, first = _own_block(cu_ptr, sequences, BLOCK_M)
     if first >= length:
@@ -171,45 +141,25 @@ def _query_gradient_kernel(
     lse = tl.load(lse_ptr + head * tokens + token + row, mask=inside, other=0.0) / LN_2
     delta = tl.load(delta_ptr + head * tokens + token + row, mask=inside, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    start, full, full_end, end = _met(first, length, before, after, BLOCK_M, BLOCK_N)
-    acc = _gradient_of_rows(acc, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, full, row, length, before,
-                            after, scale_log2, d, dim, True, DOT, BLOCK_N)  # fmt: skip
-    acc = _gradient_of_rows(acc, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, full, full_end, row, length,
-                            before, after, scale_log2, d, dim, False, DOT, BLOCK_N)  # fmt: skip
-    acc = _gradient_of_rows(acc, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, full_end, end, row, length,
-                            before, after, scale_log2, d, dim, True, DOT, BLOCK_N)  # fmt: skip
+    start, end = _met(first, length, before, after, BLOCK_M, BLOCK_N)
+    for key in range(start, end, BLOCK_N):
+        j = key + tl.arange(0, BLOCK_N)
+        k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
+        v = _load(v_ptr, v_stride, j, length, d, dim, DOT)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
+        p = _mask(p, row[:, None], j[None, :], first, key, length, before, after, 0.0, BLOCK_M, BLOCK_N)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        acc = tl.dot(ds.to(DOT), k, acc, input_precision="ieee")
     at = dq_ptr + (token + row)[:, None] * dq_stride + head * dq_head + d[None, :]
     tl.store(at, acc * scale, mask=inside[:, None] & (d < dim)[None, :])
-
-
-@triton.jit
-def _gradient_of_keys(
-    dk, dv, k, v, do_ptr, q_ptr, lse_ptr, delta_ptr, do_stride, q_stride, start, end, j, length, before, after, scale,
-    d, dim: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """dk += dS^T Q and dv += P^T dO over the rows [start, end); scores are transposed, [keys, rows]."""
-    for first in range(start, end, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, q_stride, row, length, d, dim, DOT)
-        do = _load(do_ptr, do_stride, row, length, d, dim, DOT)
-        lse = tl.load(lse_ptr + row, mask=row < length, other=0.0) / LN_2
-        delta = tl.load(delta_ptr + row, mask=row < length, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
-        if MASKED:
-            ahead = j[:, None] - row[None, :]
-            p = tl.where((ahead >= -before) & (ahead <= after) & (row < length)[None, :], p, 0.0)
-        dv = tl.dot(p.to(DOT), do, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-        dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "before", "after"])
 def _key_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, cu_ptr, do_stride, do_head, q_stride, q_head,
     k_stride, k_head, v_stride, v_head, dk_stride, dk_head, dv_stride, dv_head, tokens, sequences, group, before, after,
-    scale, scale_log2, dim: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    scale, scale_log2, dim: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     begin, length, first = _own_block(cu_ptr, sequences, BLOCK_N)
     if first >= length:
@@ -222,40 +172,56 @@ def _key_gradient_kernel(
     v = _load(v_ptr + token * v_stride + kv_head * v_head, v_stride, j, length, d, dim, DOT)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    start, full, full_end, end = _met(first, length, after, before, BLOCK_N, BLOCK_M)
+    start, end = _met(first, length, after, before, BLOCK_N, BLOCK_M)
     for i in range(group):
         head = kv_head * group + i
         q_at = q_ptr + token * q_stride + head * q_head
         do_at = do_ptr + token * do_stride + head * do_head
-        lse_at = lse_ptr + head * tokens + token
-        delta_at = delta_ptr + head * tokens + token
-        dk, dv = _gradient_of_keys(dk, dv, k, v, do_at, q_at, lse_at, delta_at, do_stride, q_stride, start, full, j,
-                                   length, before, after, scale_log2, d, dim, True, DOT, BLOCK_M)  # fmt: skip
-        dk, dv = _gradient_of_keys(dk, dv, k, v, do_at, q_at, lse_at, delta_at, do_stride, q_stride, full, full_end, j,
-                                   length, before, after, scale_log2, d, dim, False, DOT, BLOCK_M)  # fmt: skip
-        dk, dv = _gradient_of_keys(dk, dv, k, v, do_at, q_at, lse_at, delta_at, do_stride, q_stride, full_end, end, j,
-                                   length, before, after, scale_log2, d, dim, True, DOT, BLOCK_M)  # fmt: skip
+        at = head * tokens + token
+        for r in range(start, end, BLOCK_M):  # scores are transposed, [keys, rows]
+            row = r + tl.arange(0, BLOCK_M)
+            q = _load(q_at, q_stride, row, length, d, dim, DOT)
+            do = _load(do_at, do_stride, row, length, d, dim, DOT)
+            lse = tl.load(lse_ptr + at + row, mask=row < length, other=0.0) / LN_2
+            delta = tl.load(delta_ptr + at + row, mask=row < length, other=0.0)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
+            p = _mask(p, row[None, :], j[:, None], r, first, length, before, after, 0.0, BLOCK_M, BLOCK_N)
+            dv = tl.dot(p.to(DOT), do, dv, input_precision="ieee")
+            ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+            dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
     inside = (j < length)[:, None] & (d < dim)[None, :]
     tl.store(dk_ptr + (token + j)[:, None] * dk_stride + kv_head * dk_head + d[None, :], dk * scale, mask=inside)
     tl.store(dv_ptr + (token + j)[:, None] * dv_stride + kv_head * dv_head + d[None, :], dv, mask=inside)
 
 
-def _configs(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+def _tuned(kernel, *choices: tuple[int, int, int, int]):
+    """`kernel` with configurations of (BLOCK_M, BLOCK_N, warps, stages); one that does not fit is passed over.
+
+    maxnreg: left to itself the assembler prefers spilling to fewer blocks on a multiprocessor.
+    """
+    configs = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages, maxnreg=255)
         for m, n, warps, stages in choices
     ]
+    return autotune(configs, key=["dim"])(kernel)
 
 
-# The last of each fits shared memory at 256 float32 columns. A configuration that does not fit is passed over.
-_forward = autotune(_configs((64, 64, 4, 2), (128, 64, 8, 3), (32, 32, 4, 1)), key=["dim"])(_forward_kernel)
-_query_gradient = autotune(_configs((64, 32, 4, 2), (128, 64, 8, 2), (32, 16, 4, 1)), key=["dim"])(
-    _query_gradient_kernel
-)
-_key_gradient = autotune(_configs((32, 64, 4, 2), (64, 128, 8, 2), (16, 32, 4, 1)), key=["dim"])(_key_gradient_kernel)
+# Products of 2-byte elements run on tensor cores; those of float32, IEEE, in the registers of smaller blocks.
+_FORWARD = {
+    2: _tuned(_forward_kernel, (128, 64, 8, 3), (64, 64, 4, 2), (32, 32, 4, 1)),
+    4: _tuned(_forward_kernel, (32, 32, 8, 1), (32, 16, 4, 1)),
+}
+_QUERY_GRADIENT = {
+    2: _tuned(_query_gradient_kernel, (64, 64, 8, 2), (64, 32, 4, 2), (32, 16, 4, 1)),
+    4: _tuned(_query_gradient_kernel, (32, 16, 8, 1), (32, 16, 4, 1)),
+}
+_KEY_GRADIENT = {
+    2: _tuned(_key_gradient_kernel, (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+    4: _tuned(_key_gradient_kernel, (32, 32, 8, 1), (16, 32, 4, 1)),
+}
 
 
-def _arguments(q, k, cu_seqlens, causal, window):  # type: ignore[no-untyped-def]
+def _arguments(q, k, cu_seqlens, causal, window):
     """What the three kernels take alike."""
     tokens, heads, dim = q.shape
     if dim > MOST_DIM:
@@ -280,22 +246,20 @@ def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
 
 
-def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type: ignore[no-untyped-def]
+def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):
     q, k, v, o = _rows(q), _rows(k), _rows(v), _result(out, q)
     shared = _arguments(q, k, cu_seqlens, causal, window)
     tokens, sequences = shared["tokens"], shared["sequences"]
     lse = torch.empty(q.shape[1], tokens, dtype=torch.float32, device=q.device)
     if tokens:
-        _forward[lambda meta: (tokens // meta["BLOCK_M"] + sequences, q.shape[1])](
+        _FORWARD[q.element_size()][lambda meta: (tokens // meta["BLOCK_M"] + sequences, q.shape[1])](
             **_matrix("q", q), **_matrix("k", k), **_matrix("v", v), **_matrix("o", o),
             lse_ptr=lse, scale=scale * LOG2_E, **shared,
         )  # fmt: skip
     return o, lse
 
 
-def backward(  # type: ignore[no-untyped-def]
-    do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None
-):
+def backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None):
     do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
     dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
     shared = _arguments(q, k, cu_seqlens, causal, window)
@@ -309,10 +273,10 @@ def backward(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     shared |= {"lse_ptr": lse, "delta_ptr": delta, "scale": scale, "scale_log2": scale * LOG2_E}
     inputs = {**_matrix("do", do), **_matrix("q", q), **_matrix("k", k), **_matrix("v", v)}
-    _query_gradient[lambda meta: (tokens // meta["BLOCK_M"] + sequences, q.shape[1])](
+    _QUERY_GRADIENT[q.element_size()][lambda meta: (tokens // meta["BLOCK_M"] + sequences, q.shape[1])](
         **inputs, **_matrix("dq", dq), **shared
     )
-    _key_gradient[lambda meta: (tokens // meta["BLOCK_N"] + sequences, k.shape[1])](
+    _KEY_GRADIENT[q.element_size()][lambda meta: (tokens // meta["BLOCK_N"] + sequences, k.shape[1])](
         **inputs, **_matrix("dk", dk), **_matrix("dv", dv), **shared
     )
     return dq, dk, dv

@@ -13,8 +13,9 @@ import torch
 
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((4,)), "backward": Effects((5, 6, 7, 8, 9))})
 # With the codes of enum lt_activation in leantune_kernels.h.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "linear": 4}
 MOST_RANK = 256
@@ -44,7 +45,7 @@ def bottleneck(
     """The adapter on `x` [..., H], differentiable in x and all weights; the result has x's shape and dtype.
 
     down [r, H], up [H, r], down_bias [r], up_bias [H]: float32, any strides. x: float32, bfloat16 or float16. Raises
-    ValueError for what does not fit, and for r above 256.
+    ValueError for what does not fit, and for r outside [1, 256].
     """
     weights = Weights(down, up, down_bias, up_bias)
     _check(x.reshape(-1, x.shape[-1]), weights, activation)
@@ -95,8 +96,8 @@ def _check(x: torch.Tensor, weights: Weights, activation: str) -> None:
     size, rank = x.shape[1], weights.down.shape[0]
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not known; use {', '.join(ACTIVATIONS)}")
-    if rank > MOST_RANK:
-        raise ValueError(f"rank={rank} exceeds {MOST_RANK}; an adapter that wide is two linear layers, use those")
+    if not 1 <= rank <= MOST_RANK:
+        raise ValueError(f"rank={rank} is outside [1, {MOST_RANK}]; a wider adapter is two linear layers, use those")
     for name, value, shape in zip(
         Weights._fields, weights, ((rank, size), (size, rank), (rank,), (size,)), strict=True
     ):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
 from leantune_kernels.dropout import dropout as function
 from leantune_kernels.dropout.reference import plain
-from leantune_kernels.testing import Case, normal
+from leantune_kernels.testing import Case, Floor, normal
 
-__all__ = ["CASES", "function", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "PEERS", "TRAFFIC", "floor", "function", "of_length", "plain"]
+
+MEMORY_BOUND = True
 
 
 def _case(shape: tuple[int, ...], p: float, seed: int = 3, offset: int = 0) -> Case:
@@ -24,3 +31,24 @@ CASES = [
     _case((7, 37), 0.1, offset=3),
     _case((33, 1025), 0.75, seed=2**64 - 1, offset=2**34 + 1),
 ]
+TRAFFIC = _case((70, 576), 0.1)
+
+
+def of_length(rows: int) -> Case:
+    return _case((rows, 64), 0.1)
+
+
+BENCHMARKS = {"SmolLM2-135M": _case((1600, 576), 0.1), "Llama 7B": _case((2048, 4096), 0.1)}
+
+
+def _torch(x: torch.Tensor, p: float, seed: int, offset: int) -> torch.Tensor:
+    return F.dropout(x, p)  # its own generator, and a mask that is kept
+
+
+PEERS = {"torch": _torch}
+
+
+def floor(x: torch.Tensor, **_: Any) -> Floor:
+    """x to y, dy to dx; the mask is nowhere."""
+    size = x.numel() * x.element_size()
+    return Floor(forward_bytes=2 * size, backward_bytes=2 * size)

@@ -28,7 +28,7 @@ def _dropout_kernel(
     tl.store(y_ptr + element, x * tl.where(words >= threshold, scale, 0.0), mask=mask)
 
 
-def forward(x, threshold, scale, seed, offset, out=None):  # type: ignore[no-untyped-def]
+def forward(x, threshold, scale, seed, offset, out=None):
     x = x.contiguous()
     y = torch.empty_like(x) if out is None else out
     skip = offset % 4

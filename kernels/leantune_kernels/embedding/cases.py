@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from leantune_kernels.embedding import embedding as function
 from leantune_kernels.embedding.reference import plain
-from leantune_kernels.testing import Case, Inputs, normal
+from leantune_kernels.testing import Case, Floor, Inputs, normal
 
-__all__ = ["CASES", "function", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "PEERS", "TRAFFIC", "floor", "function", "of_length", "plain"]
+
+MEMORY_BOUND = True
 
 
 def _case(shape: tuple[int, ...], vocabulary: int, cols: int, distinct: int = 0, **options: Any) -> Case:
@@ -35,3 +38,24 @@ CASES = [
     _case((150,), 5, 40, distinct=2, padding_idx=1),
     _case((40,), 64, 256, dtype=torch.float32),
 ]
+TRAFFIC = _case((300,), 500, 256)
+
+
+def of_length(tokens: int) -> Case:
+    return _case((64 + tokens,), 50, 64)  # more than a piece, so that all kernels run
+
+
+BENCHMARKS = {"SmolLM2-135M": _case((1600,), 49152, 576), "Llama 7B": _case((2048,), 32000, 4096)}
+
+
+def _torch(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.embedding(ids, weight)
+
+
+PEERS = {"torch": _torch}
+
+
+def floor(ids: torch.Tensor, weight: torch.Tensor, **_: Any) -> Floor:
+    """The rows that are looked up, read and written; dy read and the whole gradient of the table written."""
+    rows, size = ids.numel() * weight.shape[1], weight.element_size()
+    return Floor(forward_bytes=2 * rows * size, backward_bytes=(rows + weight.numel()) * size)

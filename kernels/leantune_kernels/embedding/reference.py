@@ -20,13 +20,15 @@ def forward(ids, weight, scale, out):  # type: ignore[no-untyped-def]
 
 
 def backward(dy, ids, dweight, scale, padding_idx, accumulate):  # type: ignore[no-untyped-def]
-    """Row after row in a sorted order: index_put_ with accumulate sums equal ids in the order of the tokens."""
+    """Sorted, each id's rows lie together: segment_reduce adds them in the order of the tokens, on every device."""
     kept = ids != (-1 if padding_idx is None else padding_idx)
-    sums = torch.zeros(dweight.shape, dtype=torch.float32, device=dy.device)
-    sums.index_put_((ids[kept],), dy[kept].float(), accumulate=True)
-    sums *= scale
+    if not accumulate:
+        dweight.zero_()
+    sorted_ids, order = torch.sort(ids[kept], stable=True)
+    if order.numel() == 0:
+        return
+    named, counts = sorted_ids.unique_consecutive(return_counts=True)
+    sums = torch.segment_reduce(dy[kept].float()[order], "sum", lengths=counts, axis=0) * scale
     if accumulate:
-        touched = ids[kept].unique()
-        dweight[touched] = (dweight[touched].float() + sums[touched]).to(dweight.dtype)
-    else:
-        dweight.copy_(sums)
+        sums += dweight[named].float()
+    dweight[named] = sums.to(dweight.dtype)

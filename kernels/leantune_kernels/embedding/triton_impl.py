@@ -91,7 +91,7 @@ def _join_kernel(
         _write(dweight_ptr + row * dweight_stride, column, cols, total, scale, ACCUMULATE)
 
 
-def forward(ids, weight, scale, out):  # type: ignore[no-untyped-def]
+def forward(ids, weight, scale, out):
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if out.numel():
         _gather_kernel[(ids.shape[0],)](
@@ -101,7 +101,7 @@ def forward(ids, weight, scale, out):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def backward(dy, ids, dweight, scale, padding_idx, accumulate):  # type: ignore[no-untyped-def]
+def backward(dy, ids, dweight, scale, padding_idx, accumulate):
     if not accumulate:
         dweight.zero_()
     if dy.numel() == 0:

@@ -22,8 +22,9 @@ def refuses(x: torch.Tensor) -> str | None:
 def quantise(x, codes, scales):  # type: ignore[no-untyped-def]
     x = x.float()
     absmax = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
-    scales.copy_(torch.where(absmax < SMALLEST, 0.0, torch.where(absmax.isfinite(), absmax / 127, torch.nan)))
-    inverse = torch.where(scales > 0, 127 / absmax, 0.0)
+    most = absmax.new_tensor(127.0)  # a tensor, as a division with a number may become a product with its inverse
+    scales.copy_(torch.where(absmax < SMALLEST, 0.0, torch.where(absmax.isfinite(), absmax / most, torch.nan)))
+    inverse = torch.where(scales > 0, most / absmax, 0.0)
     codes.copy_((x * inverse[:, None]).round().nan_to_num(0.0))
 
 

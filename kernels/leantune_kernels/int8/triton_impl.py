@@ -81,7 +81,7 @@ def _linear_kernel(
     tl.store(y_ptr + t[:, None] * y_stride + n[None, :], y, mask=(t < rows)[:, None] & (n < outputs)[None, :])
 
 
-def quantise(x, codes, scales):  # type: ignore[no-untyped-def]
+def quantise(x, codes, scales):
     x = rows(x)
     if x.shape[0]:
         _quantise_kernel[(x.shape[0],)](
@@ -90,7 +90,7 @@ def quantise(x, codes, scales):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def dequantise(codes, scales, out):  # type: ignore[no-untyped-def]
+def dequantise(codes, scales, out):
     if out.numel():
         block = power_of_two(out.shape[1], at_most=TILE)
         _dequantise_kernel[(ceil_div(out.shape[0], TILE // block), ceil_div(out.shape[1], block))](
@@ -99,7 +99,7 @@ def dequantise(codes, scales, out):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def linear(x, codes, scales, bias, y):  # type: ignore[no-untyped-def]
+def linear(x, codes, scales, bias, y):
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if y.numel():
         tokens = 1 if x.shape[0] == 1 else TOKENS

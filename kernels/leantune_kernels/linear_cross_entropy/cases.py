@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ import torch
 from leantune_kernels.linear_cross_entropy import linear_cross_entropy, linear_distillation
 from leantune_kernels.linear_cross_entropy.reference import plain as plain_labels
 from leantune_kernels.linear_cross_entropy.reference import plain_distillation
-from leantune_kernels.testing import Case, Inputs, normal
+from leantune_kernels.testing import Case, Floor, Inputs, normal
 
-__all__ = ["CASES", "function", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "TRAFFIC", "contenders", "floor", "function", "of_length", "plain"]
+
+MEMORY_BOUND = True  # the part between the products
 
 
 def function(**inputs):  # type: ignore[no-untyped-def]
@@ -30,6 +33,7 @@ def _case(
     bias: bool = False,
     teacher: str = "",
     labels: bool = True,
+    gradients: bool = True,
     **options: Any,
 ) -> Case:
     """`teacher`: "" for none, "logits" or "probabilities"."""
@@ -52,7 +56,8 @@ def _case(
     described = "".join(f" {k}={v}" for k, v in options.items())
     distilled = f" from {teacher}{'' if labels else ' alone'}" if teacher else ""
     name = f"{rows}x{cols}x{vocab} ignored {ignored}{' bias' if bias else ''}{distilled}{described}"
-    return Case(name, make, ("hidden", "weight", "bias") if bias else ("hidden", "weight"))
+    wanted = ("hidden", "weight", "bias") if bias else ("hidden", "weight")
+    return Case(name, make, wanted if gradients else ())
 
 
 CASES = [
@@ -70,3 +75,49 @@ CASES = [
     _case(7, 8, 41, teacher="probabilities", labels=False, alpha=1.0, temperature=3.0, reduction="sum"),
     _case(5, 8, 40, teacher="logits", ignored=1.1),
 ]
+TRAFFIC = _case(20, 8, 3000)
+
+
+def of_length(rows: int) -> Case:
+    return _case(rows, 8, 133, chunk_rows=64)
+
+
+BENCHMARKS = {
+    "SmolLM2-135M": _case(1600, 576, 49152, gradients=False),
+    "SmolLM2-135M, distillation": _case(1600, 576, 49152, gradients=False, teacher="logits", temperature=2.0),
+    "Llama 7B": _case(512, 4096, 32000, gradients=False),
+}
+
+
+def contenders(hidden: torch.Tensor, weight: torch.Tensor, **inputs: Any) -> dict[str, Callable[[], Any]]:
+    """Loss and its gradient in hidden, as training with a frozen head needs them; labelled rows alone for PyTorch too.
+
+    "torch, chunks" is PyTorch's best with as little memory: the same chunks, one after the other.
+    """
+    kept = inputs["targets"] != -100
+    rows = {k: v[kept] for k, v in inputs.items() if k in ("targets", "teacher")}
+    options = {k: v for k, v in inputs.items() if k not in rows}
+
+    def gradient(loss: Callable[..., torch.Tensor], hidden: torch.Tensor, rows: Inputs) -> torch.Tensor:
+        hidden = hidden.detach().requires_grad_()
+        return torch.autograd.grad(loss(hidden=hidden, weight=weight, **rows, **options), hidden)[0]
+
+    def chunks() -> list[torch.Tensor]:
+        parts = ({k: v[i : i + 256] for k, v in (rows | {"hidden": hidden[kept]}).items()} for i in range(0, n, 256))
+        return [gradient(plain, part.pop("hidden"), part) for part in parts]
+
+    n = int(kept.sum())
+    return {
+        "leantune": lambda: gradient(function, hidden, {k: inputs[k] for k in rows}),
+        "torch": lambda: gradient(plain, hidden[kept], rows),
+        "torch, chunks": chunks,
+    }
+
+
+def floor(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None = None, **_: Any
+) -> Floor:
+    """Logits read, their gradient written in the forward pass (fp32), the teacher read; two products of a head."""
+    rows, vocabulary = int((targets != -100).sum()), weight.shape[0]
+    taught = 0 if teacher is None else teacher.element_size()
+    return Floor(forward_bytes=rows * vocabulary * (8 + taught), forward_flop=4 * rows * vocabulary * weight.shape[1])

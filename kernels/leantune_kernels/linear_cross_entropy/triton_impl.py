@@ -164,9 +164,7 @@ def _distillation_kernel(
                 tl.store(row_ptr + begin + column, g, mask=begin + column < cols)
 
 
-def cross_entropy_rows(  # type: ignore[no-untyped-def]
-    *, logits, targets, row_scale, scale, label_smoothing, z_loss, need_gradient
-):
+def cross_entropy_rows(*, logits, targets, row_scale, scale, label_smoothing, z_loss, need_gradient):
     rows, cols = logits.shape
     losses = torch.empty(rows, dtype=torch.float64, device=logits.device)
     if rows:
@@ -180,9 +178,7 @@ def cross_entropy_rows(  # type: ignore[no-untyped-def]
     return losses
 
 
-def distillation_rows(  # type: ignore[no-untyped-def]
-    *, logits, teacher, targets, alpha, temperature, row_scale, scale, need_gradient
-):
+def distillation_rows(*, logits, teacher, targets, alpha, temperature, row_scale, scale, need_gradient):
     rows, cols = logits.shape
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
     losses = torch.empty(rows, dtype=torch.float64, device=logits.device)

@@ -118,7 +118,7 @@ def _linear_kernel(
     tl.store(y_ptr + t[:, None] * y_stride + n[None, :], y, mask=(t < rows)[:, None] & (n < outputs)[None, :])
 
 
-def quantise(weight, codes, absmax):  # type: ignore[no-untyped-def]
+def quantise(weight, codes, absmax):
     if weight.numel():
         _quantise_kernel[(ceil_div(absmax.numel(), BLOCKS),)](
             weight_ptr=weight.contiguous(), midpoints_ptr=tables(weight.device)[1], codes_ptr=codes,
@@ -126,7 +126,7 @@ def quantise(weight, codes, absmax):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def quantise_absmax(absmax, offset, codes, scales):  # type: ignore[no-untyped-def]
+def quantise_absmax(absmax, offset, codes, scales):
     if absmax.numel():
         _quantise_absmax_kernel[(scales.numel(),)](
             absmax_ptr=absmax, offset_ptr=offset, midpoints_ptr=tables(absmax.device)[3], codes_ptr=codes,
@@ -134,14 +134,14 @@ def quantise_absmax(absmax, offset, codes, scales):  # type: ignore[no-untyped-d
         )  # fmt: skip
 
 
-def dequantise(w, out):  # type: ignore[no-untyped-def]
+def dequantise(w, out):
     if out.numel():
         _dequantise_kernel[(ceil_div(w.absmax.numel(), BLOCKS),)](
             **_stored(w), out_ptr=out, size=out.numel(), BLOCKS=BLOCKS
         )
 
 
-def linear(x, w, bias, y):  # type: ignore[no-untyped-def]
+def linear(x, w, bias, y):
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if y.numel():
         tokens = 1 if x.shape[0] == 1 else TOKENS
@@ -151,7 +151,7 @@ def linear(x, w, bias, y):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def _stored(w):  # type: ignore[no-untyped-def]
+def _stored(w):
     values, _, dynamic_map, _ = tables(w.codes.device)
     return {
         "codes_ptr": w.codes, "absmax_ptr": w.absmax, "scales_ptr": w.scales, "offset_ptr": w.offset,

@@ -1,4 +1,4 @@
-"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467).
+"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, residual add (Zhang and Sennrich 2019, arXiv:1910.07467).
 
 Shapes: T rows (tokens), H columns (hidden size). x [T, H]; weight [H]; rstd [T] fp32, kept for the backward pass.
 """
@@ -9,8 +9,9 @@ import torch
 
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((3, 5), returns=True), "backward": Effects((5,), returns=True)})
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -22,12 +23,36 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     return _RMSNorm.apply(x, weight, eps)
 
 
-def forward(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, rstd) for x [T, H]; y goes to `out` where given. ValueError for what does not fit x."""
+    """(y, s): s = `x` + `residual`, both [..., H], rounded to x's dtype, and y the RMSNorm of s.
+
+    Differentiable in all three, through y and through s; dtypes as for rms_norm. Raises ValueError for a residual
+    unlike x, or a weight that does not fit.
+    """
+    if residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; it must have x's, {tuple(x.shape)}")
+    return _AddRMSNorm.apply(x, residual, weight, eps)
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    summed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, rstd) for x [T, H]; y goes to `out` where given.
+
+    With `residual` [T, H], x + residual goes to `summed` (which may be x or residual), and the norm is that sum's.
+    Raises ValueError for what does not fit x.
+    """
     _check(x, weight, out)
-    return OP.pick(x).forward(x, weight, eps, out)
+    if residual is not None or summed is not None:
+        check_sum(x, residual, summed)
+    return OP.pick(x).forward(x, weight, eps, out, residual, summed)
 
 
 def backward(
@@ -41,7 +66,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dx [T, H], dweight [H] fp32 or None). `residual` [T, H] is added to dx; `out` takes dx and may be dy.
 
-    dy and residual have x's dtype, rstd is float32 [T]. Raises ValueError for what does not fit x.
+    dy and residual have x's dtype, rstd is float32 [T]; x is the sum where forward had a residual. Raises
+    ValueError for what does not fit x.
     """
     _check(x, weight, out)
     expect("dy", dy, x.shape, x.dtype, x.device)
@@ -49,6 +75,15 @@ def backward(
     if residual is not None:
         expect("residual", residual, x.shape, x.dtype, x.device)
     return OP.pick(x).backward(dy, x, weight, rstd, residual, out, need_dweight)
+
+
+def check_sum(x: torch.Tensor, residual: torch.Tensor | None, summed: torch.Tensor | None) -> None:
+    """ValueError unless x + `residual` can go to `summed`."""
+    if residual is None or summed is None:
+        name, other = ("residual", "summed") if residual is None else ("summed", "residual")
+        raise ValueError(f"{name} is None though {other} is not; x + residual needs both (summed may be residual)")
+    expect("residual", residual, x.shape, x.dtype, x.device)
+    expect("summed", summed, x.shape, x.dtype, x.device, written=True)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> None:
@@ -71,3 +106,24 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = backward(dy.reshape(x.shape), x, weight, rstd, need_dweight=ctx.needs_input_grad[1])
         return dx.view(dy.shape), None if dweight is None else dweight.to(weight.dtype), None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):  # type: ignore[no-untyped-def]
+        flat = x.reshape(-1, x.shape[-1])
+        s = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+        y, rstd = forward(flat, weight, eps, residual=residual.reshape(flat.shape), summed=s)
+        ctx.save_for_backward(s, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return y.view(x.shape), s.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy, ds):  # type: ignore[no-untyped-def]
+        s, weight, rstd = ctx.saved_tensors
+        if dy is None:  # y was not used
+            return ds, ds, None, None
+        added = None if ds is None else ds.reshape(s.shape)
+        dx, dweight = backward(dy.reshape(s.shape), s, weight, rstd, added, need_dweight=ctx.needs_input_grad[2])
+        dx = dx.view(dy.shape)
+        return dx, dx, None if dweight is None else dweight.to(weight.dtype), None

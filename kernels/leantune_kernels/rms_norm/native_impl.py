@@ -9,14 +9,19 @@ from leantune_kernels.cpu import DTYPE_CODES, address, lib, refuses, rows
 __all__ = ["backward", "forward", "refuses"]
 
 
-def forward(x, weight, eps, out=None):  # type: ignore[no-untyped-def]
+def forward(x, weight, eps, out=None, residual=None, summed=None):  # type: ignore[no-untyped-def]
     x, weight = rows(x), weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     rstd = torch.empty(x.shape[0], dtype=torch.float32)
-    lib.rms_norm_forward(
-        DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), DTYPE_CODES[weight.dtype], weight.data_ptr(),
-        y.data_ptr(), y.stride(0), rstd.data_ptr(), x.shape[0], x.shape[1], eps,
-    )  # fmt: skip
+    given = DTYPE_CODES[weight.dtype], weight.data_ptr(), y.data_ptr(), y.stride(0), rstd.data_ptr(), *x.shape, eps
+    if residual is None:
+        lib.rms_norm_forward(DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), *given)
+    else:
+        residual = rows(residual)
+        lib.add_rms_norm_forward(
+            DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), residual.data_ptr(), residual.stride(0),
+            summed.data_ptr(), summed.stride(0), *given,
+        )  # fmt: skip
     return y, rstd
 
 

@@ -56,7 +56,7 @@ def _rope_kernel(
         _rotate(k_row, k_head_stride, k_heads, half, c, s, first_pair, INTERLEAVED, HEADS, PAIRS)
 
 
-def apply_(x, k, cos, sin, positions, inverse, interleaved):  # type: ignore[no-untyped-def]
+def apply_(x, k, cos, sin, positions, inverse, interleaved):
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     tokens, half = x.shape[0], cos.shape[1]
     if tokens == 0 or half == 0:

@@ -43,7 +43,7 @@ void barrier(Place place);
 typedef void (*Complete)(void *const operands[32], unsigned mask);
 void collective(const char *name, unsigned mask, Place place, void *operands, Complete complete);
 
-// ---- shuffles and votes
+// ---- shuffles and votes ---------------------------------------------------------------------------------------------
 
 struct Shuffle {
     uint64_t value;
@@ -62,7 +62,7 @@ template <class T> T shuffled(const char *name, unsigned mask, T value, int sour
     return value;
 }
 
-// ---- memory
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 // One static shared variable of one kernel (or function that kernels call): where it lies in the block that runs now.
 struct SharedVariable {
@@ -107,7 +107,7 @@ template <class W> void store(W *p, const W &word) {
 }
 #endif
 
-// ---- tensor cores and asynchronous copies (csrc/common/cuda_mma.cuh)
+// ---- tensor cores and asynchronous copies (csrc/common/cuda_mma.cuh) ------------------------------------------------
 
 enum class Element { F16, BF16 };
 void mma_16816(Element type, float d[4], const uint32_t a[4], const uint32_t b[2], Place place);
@@ -117,7 +117,7 @@ void cp_async_16(void *shared, const void *global, bool valid);
 void cp_async_commit();
 void cp_async_wait(int pending);
 
-// ---- launches
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 // Calls thread(context) for each thread of each block; 0 or a cudaError_t, whose words cudaGetErrorString has.
 int launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*thread)(const void *),

@@ -20,7 +20,7 @@
 #define gridDim (::lt_host::grid_size)
 constexpr int warpSize = 32;
 
-// ---- vector types
+// ---- vector types ---------------------------------------------------------------------------------------------------
 
 #define LT_VECTOR_TYPES(T, name)                               \
     struct alignas(2 * sizeof(T)) name##2 { T x, y; };         \
@@ -35,7 +35,7 @@ LT_VECTOR_TYPES(signed char, char)
 LT_VECTOR_TYPES(unsigned short, ushort)
 #undef LT_VECTOR_TYPES
 
-// ---- waiting for other threads. `place` is where the kernel calls; nobody passes it.
+// ---- waiting for other threads. `place` is where the kernel calls; nobody passes it. --------------------------------
 
 inline void __syncthreads(lt_host::Place place = lt_host::Place::here()) { lt_host::barrier(place); }
 
@@ -77,7 +77,7 @@ inline int __all_sync(unsigned mask, int predicate, lt_host::Place place = lt_ho
     return lt_host::vote("__all_sync", mask, predicate != 0, place) == mask;
 }
 
-// ---- arithmetic
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
@@ -133,7 +133,7 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 
 template <class T> T __ldg(const T *p) { return lt_host::load(p); }
 
-// ---- the runtime
+// ---- the runtime ----------------------------------------------------------------------------------------------------
 
 typedef struct CUstream_st *cudaStream_t;
 

@@ -27,8 +27,7 @@ bool in_stacks(const void *p) {
     return (const unsigned char *)p >= stacks && (const unsigned char *)p < stacks + kMaxThreads * kStack;
 }
 
-// ---- order of threads
-// ------------------------------------------------------------------------------------------------
+// ---- order of threads -----------------------------------------------------------------------------------------------
 
 static uint64_t ready[kMaxThreads / 64]; // one bit a thread
 enum class Order { FORWARD, REVERSE, RANDOM };
@@ -102,8 +101,7 @@ static void wait() {
         switch_to(self->fiber, next);
 }
 
-// ---- errors
-// ----------------------------------------------------------------------------------------------------------
+// ---- errors ---------------------------------------------------------------------------------------------------------
 
 static char words[1024]; // the last launch failure
 static bool failed;
@@ -147,8 +145,7 @@ static const char *base(const char *file) {
     return slash ? slash + 1 : file;
 }
 
-// ---- waiting for other threads
-// ---------------------------------------------------------------------------------------
+// ---- waiting for other threads --------------------------------------------------------------------------------------
 
 static bool same_text(const char *a, const char *b) { return a == b || !strcmp(a, b); }
 static bool same_place(const Place &a, const Place &b) { return a.line == b.line && same_text(a.file, b.file); }
@@ -252,8 +249,7 @@ unsigned vote(const char *name, unsigned mask, bool predicate, Place place) {
     return operands.vote;
 }
 
-// ---- one block
-// -------------------------------------------------------------------------------------------------------
+// ---- one block ------------------------------------------------------------------------------------------------------
 
 static void thread_entry() {
     entered_fiber();
@@ -330,8 +326,7 @@ static bool run_block() {
     return !failed;
 }
 
-// ---- launches
-// --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 static void *reserve(size_t bytes) {
     void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
+#if defined(LT_HOST_SWITCH)
 // Saves what the ABI says a call preserves, then does the same backwards on the other stack. (The control words of the
 // floating-point units are those of the launch throughout.)
 extern "C" void lt_host_switch(void **save, void *load);
@@ -39,7 +39,7 @@ void Fiber::restart(void (*entry)()) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(stack, stack_bytes); // left by frames that never returned
 #endif
-#if defined(__x86_64__)
+#if defined(LT_HOST_SWITCH)
     constexpr int kRegisters = 6;
     uintptr_t *top = (uintptr_t *)(stack + stack_bytes) - 1; // at `entry` the stack is as after a call
     *--top = (uintptr_t)entry;
@@ -79,7 +79,7 @@ void switch_fiber(Fiber &from, Fiber &to) {
     __sanitizer_start_switch_fiber(&fake_stack, to.stack ? to.stack : launcher_stack,
                                    to.stack ? to.stack_bytes : launcher_stack_bytes);
 #endif
-#if defined(__x86_64__)
+#if defined(LT_HOST_SWITCH)
     lt_host_switch(&from.saved, to.saved);
 #else
     swapcontext(&from.saved, &to.saved);

@@ -7,7 +7,9 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(LT_HOST_UCONTEXT)
+#define LT_HOST_SWITCH // our own
+#else
 #include <ucontext.h>
 #endif
 
@@ -16,7 +18,7 @@ namespace lt_host {
 struct Fiber {
     unsigned char *stack = nullptr; // null: the context of the launching thread
     size_t stack_bytes = 0;
-#if defined(__x86_64__)
+#if defined(LT_HOST_SWITCH)
     void *saved = nullptr; // its stack pointer while another runs
 #else
     ucontext_t saved;

@@ -78,7 +78,7 @@ void mma_tf32_1688(float d[4], const uint32_t a[4], const uint32_t b[2], Place p
     collective("mma_tf32_1688", kAll, place, &operands, complete_1688);
 }
 
-// ---- ldmatrix: lane 8 m + i gives the address of row i of matrix m; a row is eight 16-bit elements
+// ---- ldmatrix: lane 8 m + i gives the address of row i of matrix m; a row is eight 16-bit elements ------------------
 
 struct Load {
     uint32_t *r;
@@ -113,7 +113,7 @@ void ldmatrix(const char *name, int matrices, bool transposed, uint32_t *r, cons
     collective(name, kAll, place, &operands, complete);
 }
 
-// ---- cp.async: the bytes arrive at the last moment that the program allows, and until then the target holds NaN
+// ---- cp.async: the bytes arrive at the last moment that the program allows, and until then the target holds NaN -----
 
 void cp_async_16(void *shared, const void *global, bool valid) {
     if ((uintptr_t)shared % 16)

@@ -21,8 +21,7 @@ extern "C" __attribute__((visibility("hidden"))) char __ehdr_start[], _end[]; //
 
 namespace lt_host {
 
-// ---- time
-// ------------------------------------------------------------------------------------------------------------
+// ---- time -----------------------------------------------------------------------------------------------------------
 
 // An epoch is what lies between two barriers; epochs are counted over all blocks and launches.
 static uint32_t epoch = 1, first_of_launch = 1, first_of_block = 1;
@@ -73,8 +72,7 @@ void trace_syncwarp(unsigned mask) {
         }
 }
 
-// ---- what happened to each byte
-// --------------------------------------------------------------------------------------
+// ---- what happened to each byte -------------------------------------------------------------------------------------
 
 struct Cell {
     Stamp write;
@@ -127,8 +125,7 @@ void trace_in_flight(void *address, size_t bytes, bool flag) {
     memset(in_flight + ((unsigned char *)address - block.arena), flag, bytes);
 }
 
-// ---- traffic
-// ---------------------------------------------------------------------------------------------------------
+// ---- traffic --------------------------------------------------------------------------------------------------------
 
 struct Traffic { // bytes, [0] loaded and [1] stored
     uint64_t requested[2], per_block[2], per_launch[2];
@@ -150,8 +147,7 @@ void trace_block() {
     memset(in_flight, 0, sizeof in_flight);
 }
 
-// ---- accesses
-// --------------------------------------------------------------------------------------------------------
+// ---- accesses -------------------------------------------------------------------------------------------------------
 
 static bool on_launching_stack(const void *p) {
     static thread_local const char *begin, *end;
@@ -254,8 +250,7 @@ extern "C" __attribute__((visibility("default"))) const char *lt_host_kernels() 
     return names.c_str();
 }
 
-// ---- what the compiler calls
-// -----------------------------------------------------------------------------------------
+// ---- what the compiler calls ----------------------------------------------------------------------------------------
 
 #define LT_HOOKS(n)                                                                     \
     extern "C" void __tsan_read##n(void *p) { lt_host::access(p, n, false); }           \
