@@ -1,5 +1,5 @@
 // AdamW with 8-bit moments: a block of 256 elements is widened, updated and quantised again while it is in the cache,
-// 18 bytes a parameter in fp32, 10 in bf16. Dettmers et al. 2022, arXiv:2110.02861.
+// 16 bytes a parameter in fp32, 10 in bf16. Dettmers et al. 2022, arXiv:2110.02861.
 #include "../adamw/update.h"
 
 namespace lt {

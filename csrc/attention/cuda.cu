@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::kThreads)
         cp_async_wait<1>();
         __syncthreads();
         float s[N / 8][4];
-        scores<T, D, N>(q_tile + part.row * pitch, k_tiles + stage * N * pitch, s);
+        scores<T, D, N>(q_tile + part.row * pitch, k_tiles + stage * N * pitch, p.dim, s);
         online_softmax<N, kColumns>(p, s, sums, m, l, row, key, own.length,
                                     needs_mask<M, N>(p, own.first, key, own.length));
         accumulate<T, D, N, kColumns>(s, v_tiles + stage * N * pitch + part.column, sums);
@@ -254,8 +254,8 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, Backward
         __syncthreads();
         const bool masked = needs_mask<M, N>(p, own.first, key, own.length);
         float s[N / 8][4], dp[N / 8][4];
-        scores<T, D, N>(q_tile + part.row * pitch, k_tiles + stage * N * pitch, s);
-        scores<T, D, N>(grad_tile + part.row * pitch, v_tiles + stage * N * pitch, dp);
+        scores<T, D, N>(q_tile + part.row * pitch, k_tiles + stage * N * pitch, p.dim, s);
+        scores<T, D, N>(grad_tile + part.row * pitch, v_tiles + stage * N * pitch, p.dim, dp);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, true>::kThreads, BackwardS
         const float *lse_2 = statistics + stage * 2 * N, *mean = lse_2 + N;
         const bool masked = needs_mask<N, M>(p, row, own.first, own.length);
         float s[N / 8][4], dp[N / 8][4]; // transposed: a row is a key's
-        scores<T, D, N>(k_tile + part.row * pitch, q_tile, s);
+        scores<T, D, N>(k_tile + part.row * pitch, q_tile, p.dim, s);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, true>::kThreads, BackwardS
                     s[n][e] = 0;
             }
         accumulate<T, D, N, kColumns>(s, grad_tile + part.column, dv_sums);
-        scores<T, D, N>(v_tile + part.row * pitch, grad_tile, dp);
+        scores<T, D, N>(v_tile + part.row * pitch, grad_tile, p.dim, dp);
 #pragma unroll
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll

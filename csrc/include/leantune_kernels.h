@@ -96,7 +96,7 @@ LT_API int lt_layer_norm_backward(int dtype, const void *dy, int64_t dy_stride, 
                                   const void *residual, int64_t residual_stride, void *dx, int64_t dx_stride,
                                   float *dweight, float *dbias, int64_t rows, int64_t cols);
 
-/* The weight and bias are of x's dtype or fp32. `partials`: 2 * min(1024, ceil(rows / 16)) * cols floats, needed with
+/* The weight and bias are of x's dtype or fp32. `partials`: 2 * min(1024, ceil(rows / 32)) * cols floats, needed with
  * dweight or dbias.
  */
 LT_API int lt_cuda_layer_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype, const void *weight,

@@ -1,15 +1,14 @@
 // RMSNorm on CUDA: a block takes one row at a time and holds it in registers between the two passes, so that memory
 // sees each row once; what does not fit is read again. The weight gradient is summed in registers over the rows of a
 // block, then over the blocks in a fixed order, without atomics.
-#include "../common/cuda_kernel.cuh"
+#include "../common/cuda_norm.cuh"
 
 namespace lt_cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kHeld = 4; // vectors of a row that a thread holds
-constexpr int64_t kMaxGroups = 1024, kRowsPerGroup = 8;
-constexpr int64_t kMaxGrid = 0x7fffffff;
+constexpr int64_t kRowsPerGroup = 16;
 
 template <class T, int N> __device__ float sum_of_squares(const Vec<T, N> &x) {
     float total = 0;
@@ -29,28 +28,45 @@ __device__ void scale(const Vec<T, N> &x, float rstd, const U *weight, T *y, int
     store_vec(y + h, result);
 }
 
+// With s, x + residual is stored there and takes x's place; s may be x or residual, as each thread writes only what it
+// alone has read.
 // budget: 80 registers, 32 bytes shared
 // claims: LDG.128 STG.128
 template <class T, class U, int N>
 __global__ void __launch_bounds__(kThreads, 3)
-    rms_norm_forward_kernel(const T *x, int64_t x_stride, const U *weight, T *y, int64_t y_stride, float *rstd,
-                            int64_t rows, int64_t cols, float eps) {
+    rms_norm_forward_kernel(const T *x, int64_t x_stride, const T *residual, int64_t residual_stride, T *s,
+                            int64_t s_stride, const U *weight, T *y, int64_t y_stride, float *rstd, int64_t rows,
+                            int64_t cols, float eps) {
     const int64_t step = (int64_t)blockDim.x * N, first = (int64_t)threadIdx.x * N, rest = first + kHeld * step;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-        const T *x_row = x + row * x_stride;
-        T *y_row = y + row * y_stride;
-        Vec<T, N> held[kHeld];
+        const T *x_row = x + row * x_stride, *residual_row = residual + row * residual_stride;
+        T *s_row = s + row * s_stride, *y_row = y + row * y_stride;
+        Vec<T, N> held[kHeld], added[kHeld];
         float squares = 0;
 #pragma unroll
         for (int c = 0; c < kHeld; ++c)
-            if (first + c * step < cols)
+            if (first + c * step < cols) {
                 held[c] = load_vec<N>(x_row + first + c * step);
+                if (s)
+                    added[c] = load_vec<N>(residual_row + first + c * step);
+            }
 #pragma unroll
         for (int c = 0; c < kHeld; ++c)
-            if (first + c * step < cols)
+            if (first + c * step < cols) {
+                if (s) {
+                    add_to(held[c], added[c]);
+                    store_vec(s_row + first + c * step, held[c]);
+                }
                 squares += sum_of_squares(held[c]);
-        for (int64_t h = rest; h < cols; h += step)
-            squares += sum_of_squares(load_vec<N>(x_row + h));
+            }
+        for (int64_t h = rest; h < cols; h += step) {
+            Vec<T, N> v = load_vec<N>(x_row + h);
+            if (s) {
+                add_to(v, load_vec<N>(residual_row + h));
+                store_vec(s_row + h, v);
+            }
+            squares += sum_of_squares(v);
+        }
         const float r = rsqrtf(block_sum<kThreads>(squares) / (float)cols + eps);
         if (threadIdx.x == 0)
             rstd[row] = r;
@@ -59,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 3)
             if (first + c * step < cols)
                 scale(held[c], r, weight, y_row, first + c * step);
         for (int64_t h = rest; h < cols; h += step)
-            scale(load_vec<N>(x_row + h), r, weight, y_row, h);
+            scale(load_vec<N>((s ? s_row : x_row) + h), r, weight, y_row, h);
     }
 }
 
@@ -157,68 +173,41 @@ __global__ void __launch_bounds__(kThreads)
     partials[blockIdx.y * cols + h] = total;
 }
 
-constexpr int kSumColumns = 32, kSumGroups = 32;
-
 // budget: 40 registers, 4.125 KiB shared
 __global__ void __launch_bounds__(kSumColumns *kSumGroups)
     rms_norm_sum_partials_kernel(const float *partials, float *dweight, int64_t groups, int64_t cols) {
-    LT_SHARED(float[kSumGroups][kSumColumns + 1], sums);
-    const int64_t h = (int64_t)blockIdx.x * kSumColumns + threadIdx.x;
-    float total = 0;
-    if (h < cols)
-        for (int64_t g = threadIdx.y; g < groups; g += kSumGroups)
-            total += partials[g * cols + h];
-    sums[threadIdx.y][threadIdx.x] = total;
-    __syncthreads();
-    if (threadIdx.y == 0 && h < cols) {
-        total = 0;
-        for (int g = 0; g < kSumGroups; ++g)
-            total += sums[g][threadIdx.x];
-        dweight[h] = total;
-    }
-}
-
-// A thread for each vector of the row, in whole warps, up to kThreads.
-unsigned threads_for(int64_t vectors) {
-    const int64_t whole_warps = ceil_div(vectors, 32) * 32;
-    return (unsigned)(std::clamp<int64_t>(whole_warps, 32, kThreads));
-}
-
-// f(T{}, U{}, N) for the types of x and of the weight, which is as x or fp32, and the number of elements an access
-// takes: as many as 16 bytes hold where aligned(sizeof(T)) says that all rows allow it, else one.
-template <class Aligned, class F> int with_types(int dtype, int weight_dtype, int64_t cols, Aligned aligned, F f) {
-    return with_dtype(dtype, [&](auto t) {
-        using T = decltype(t);
-        const auto with_weight = [&](auto u) {
-            if (cols % kVector<T> == 0 && aligned((int64_t)sizeof(T)))
-                return f(t, u, std::integral_constant<int, kVector<T>>{});
-            return f(t, u, std::integral_constant<int, 1>{});
-        };
-        if (weight_dtype == dtype)
-            return with_weight(t);
-        return weight_dtype == LT_F32 ? with_weight(float{}) : (int)cudaErrorInvalidValue;
-    });
+    add_partials(partials, dweight, groups, cols);
 }
 
 } // namespace
 } // namespace lt_cuda
 
-extern "C" LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype,
-                                               const void *weight, void *y, int64_t y_stride, float *rstd, int64_t rows,
-                                               int64_t cols, float eps, void *stream) {
+extern "C" LT_API int lt_cuda_add_rms_norm_forward(int dtype, const void *x, int64_t x_stride, const void *residual,
+                                                   int64_t residual_stride, void *s, int64_t s_stride, int weight_dtype,
+                                                   const void *weight, void *y, int64_t y_stride, float *rstd,
+                                                   int64_t rows, int64_t cols, float eps, void *stream) {
     using namespace lt_cuda;
     if (rows == 0)
         return 0;
     const auto aligned = [&](int64_t bytes) {
-        return aligned16(x, x_stride * bytes) && aligned16(weight, 0) && aligned16(y, y_stride * bytes);
+        return aligned16(x, x_stride * bytes) && aligned16(residual, residual_stride * bytes) &&
+               aligned16(s, s_stride * bytes) && aligned16(weight, 0) && aligned16(y, y_stride * bytes);
     };
     return with_types(dtype, weight_dtype, cols, aligned, [&](auto t, auto u, auto n) {
         using T = decltype(t);
         using U = decltype(u);
         constexpr int N = decltype(n)::value;
-        return launch(rms_norm_forward_kernel<T, U, N>, (unsigned)std::min(rows, kMaxGrid), threads_for(cols / N), 0,
-                      stream, (const T *)x, x_stride, (const U *)weight, (T *)y, y_stride, rstd, rows, cols, eps);
+        return launch(rms_norm_forward_kernel<T, U, N>, (unsigned)std::min(rows, kMaxBlocks),
+                      threads_for(cols / N, kThreads), 0, stream, (const T *)x, x_stride, (const T *)residual,
+                      residual_stride, (T *)s, s_stride, (const U *)weight, (T *)y, y_stride, rstd, rows, cols, eps);
     });
+}
+
+extern "C" LT_API int lt_cuda_rms_norm_forward(int dtype, const void *x, int64_t x_stride, int weight_dtype,
+                                               const void *weight, void *y, int64_t y_stride, float *rstd, int64_t rows,
+                                               int64_t cols, float eps, void *stream) {
+    return lt_cuda_add_rms_norm_forward(dtype, x, x_stride, nullptr, 0, nullptr, 0, weight_dtype, weight, y, y_stride,
+                                        rstd, rows, cols, eps, stream);
 }
 
 extern "C" LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64_t dy_stride, const void *x,
@@ -229,7 +218,7 @@ extern "C" LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64
     using namespace lt_cuda;
     if (rows == 0)
         return dweight ? (int)cudaMemsetAsync(dweight, 0, cols * sizeof(float), (cudaStream_t)stream) : 0;
-    const int64_t groups = std::min(kMaxGroups, ceil_div(rows, kRowsPerGroup));
+    const int64_t groups = norm_groups(rows, kRowsPerGroup);
     const auto aligned = [&](int64_t bytes) {
         return aligned16(dy, dy_stride * bytes) && aligned16(x, x_stride * bytes) && aligned16(weight, 0) &&
                aligned16(residual, residual_stride * bytes) && aligned16(dx, dx_stride * bytes) &&
@@ -239,7 +228,7 @@ extern "C" LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64
         using T = decltype(t);
         using U = decltype(u);
         constexpr int N = decltype(n)::value;
-        const unsigned threads = threads_for(cols / N);
+        const unsigned threads = threads_for(cols / N, kThreads);
         const auto backward = [&](auto kernel, int64_t blocks) {
             return launch(kernel, (unsigned)blocks, threads, 0, stream, (const T *)dy, dy_stride, (const T *)x,
                           x_stride, (const U *)weight, rstd, (const T *)residual, residual_stride, (T *)dx, dx_stride,
@@ -253,7 +242,7 @@ extern "C" LT_API int lt_cuda_rms_norm_backward(int dtype, const void *dy, int64
                                     dy_stride, (const T *)x, x_stride, rstd, partials, rows, cols))
                 return failed;
         }
-        return backward(rms_norm_backward_kernel<T, U, N, false>, std::min(rows, kMaxGrid));
+        return backward(rms_norm_backward_kernel<T, U, N, false>, std::min(rows, kMaxBlocks));
     });
     if (status || !dweight)
         return status;

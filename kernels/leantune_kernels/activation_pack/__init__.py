@@ -18,8 +18,17 @@ import torch
 
 from leantune_kernels.checks import FLOATS, expect
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(
+    __name__,
+    effects={
+        "pack_bf16": Effects((1,)),
+        "pack_int8": Effects((1, 2)),
+        "unpack_bf16": Effects((1,)),
+        "unpack_int8": Effects((2,)),
+    },
+)
 
 MODES = ("bf16", "int8")
 

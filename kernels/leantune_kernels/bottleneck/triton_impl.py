@@ -119,7 +119,7 @@ def _blocks(rank: int, halves: int) -> dict[str, int]:
     }
 
 
-def forward(x, weights, scale, activation, out):  # type: ignore[no-untyped-def]
+def forward(x, weights, scale, activation, out):
     x, (down, up, down_bias, up_bias) = rows_of(x), weights
     blocks = _blocks(down.shape[0], 1)
     if x.numel():
@@ -130,7 +130,7 @@ def forward(x, weights, scale, activation, out):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_bias):  # type: ignore[no-untyped-def]
+def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_bias):
     dy, x, (down, up, down_bias, _) = rows_of(dy), rows_of(x), weights
     (rows, H), R = x.shape, down.shape[0]
     blocks = _blocks(R, 2)

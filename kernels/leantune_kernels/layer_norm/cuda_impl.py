@@ -1,0 +1,55 @@
+"""LayerNorm by csrc/layer_norm/cuda.cu."""
+
+from __future__ import annotations
+
+import torch
+
+from leantune_kernels.cuda import DTYPE_CODES, address, lib, refuses, rows, stream
+from leantune_kernels.rms_norm.cuda_impl import groups, readable
+
+__all__ = ["backward", "forward", "refuses"]
+
+ROWS_PER_GROUP = 32  # kRowsPerGroup in cuda.cu
+
+
+def forward(x, weight, bias, eps, out=None, residual=None, summed=None):  # type: ignore[no-untyped-def]
+    x, weight, bias = rows(x), readable(weight, x), None if bias is None else readable(bias, x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    mean, rstd = torch.empty(2, x.shape[0], dtype=torch.float32, device=x.device)
+    given = (
+        DTYPE_CODES[weight.dtype], weight.data_ptr(), address(bias), y.data_ptr(), y.stride(0), mean.data_ptr(),
+        rstd.data_ptr(), *x.shape, eps,
+    )  # fmt: skip
+    with stream(x) as s:
+        if residual is None:
+            lib.layer_norm_forward(DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), *given, s)
+        else:
+            residual = rows(residual)
+            lib.add_layer_norm_forward(
+                DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), residual.data_ptr(), residual.stride(0),
+                summed.data_ptr(), summed.stride(0), *given, s,
+            )  # fmt: skip
+    return y, mean, rstd
+
+
+def backward(  # type: ignore[no-untyped-def]
+    dy, x, weight, mean, rstd, residual=None, out=None, need_dweight=False, need_dbias=False
+):
+    dy, x, weight, mean, rstd = rows(dy), rows(x), readable(weight, x), mean.contiguous(), rstd.contiguous()
+    residual = None if residual is None else rows(residual)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    dweight, dbias = (
+        torch.empty(x.shape[1], dtype=torch.float32, device=x.device) if needed else None
+        for needed in (need_dweight, need_dbias)
+    )
+    partials = None
+    if need_dweight or need_dbias:
+        partials = torch.empty(2, groups(x, ROWS_PER_GROUP), x.shape[1], dtype=torch.float32, device=x.device)
+    with stream(x) as s:
+        lib.layer_norm_backward(
+            DTYPE_CODES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0),
+            DTYPE_CODES[weight.dtype], weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+            address(residual), 0 if residual is None else residual.stride(0), dx.data_ptr(), dx.stride(0),
+            address(dweight), address(dbias), address(partials), *x.shape, s,
+        )  # fmt: skip
+    return dx, dweight, dbias
