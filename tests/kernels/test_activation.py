@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leantune_kernels import activation
 from leantune_kernels.activation.reference import plain
-from leantune_kernels.testing import error
 
 
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
@@ -23,6 +22,12 @@ def exact_results(dy, x, name):
     return y.detach(), torch.autograd.grad(y, exact, dy.double())[0]
 
 
+def near(value, truth, limit):
+    """Whether it is, of values of the order of 1: a slope near its zero has no digits of its own."""
+    return (value.double() - truth).norm() <= limit * (truth.norm() + 3 * truth.numel() ** 0.5)
+
+
+@settings(deadline=None)
 @given(
     rows=st.integers(0, 70),
     cols=st.integers(0, 70),
@@ -35,10 +40,10 @@ def test_any_shape_and_stride_and_in_place(rows, cols, gap, name, dtype):
     y, dx = exact_results(dy, x, name)
     limit = 5e-7 if dtype == torch.float32 else torch.finfo(dtype).eps
     out = torch.full((rows, cols + gap), float("nan"), dtype=dtype)[:, :cols]
-    assert error(activation.forward(x, name, out), y) <= limit
-    assert error(activation.backward(dy, x, name, out), dx) <= limit
-    assert error(activation.backward(dy, x, name, dy), dx) <= limit  # dx over dy
-    assert error(activation.forward(x, name, x), y) <= limit  # y over x
+    assert near(activation.forward(x, name, out), y, limit)
+    assert near(activation.backward(dy, x, name, out), dx, limit)
+    assert near(activation.backward(dy, x, name, dy), dx, limit)  # dx over dy
+    assert near(activation.forward(x, name, x), y, limit)  # y over x
 
 
 @pytest.mark.parametrize("name", activation.ACTIVATIONS)

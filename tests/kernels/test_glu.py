@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leantune_kernels import glu
@@ -38,6 +38,12 @@ def test_in_place_backward_on_the_halves_of_one_buffer(rows, cols, activation):
         assert error(result, truth) < 5e-7
 
 
+def near(value, truth, limit):
+    """Whether it is, of values of the order of 1: a slope near its zero has no digits of its own."""
+    return (value.double() - truth).norm() <= limit * (truth.norm() + 3 * truth.numel() ** 0.5)
+
+
+@settings(deadline=None)
 @given(
     rows=st.integers(0, 70),
     cols=st.integers(0, 70),
@@ -52,9 +58,9 @@ def test_any_shape_and_stride(rows, cols, gap, activation, dtype):
     out = torch.full((rows, cols + gap), float("nan"), dtype=dtype)[:, :cols]
     results = [glu.forward(gate, up, out, activation), *glu.backward(dh, gate, up, activation)]
     for result, truth in zip(results, wanted, strict=True):
-        assert error(result, truth) <= limit
+        assert near(result, truth, limit)
     for result, truth in zip(glu.backward_(dh, gate, up, activation), wanted, strict=True):
-        assert error(result, truth) <= limit
+        assert near(result, truth, limit)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

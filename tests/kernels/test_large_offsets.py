@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cuda_host import host
-from leantune_kernels import activation, embedding, glu, linear_cross_entropy, rms_norm, rope
+from leantune_kernels import activation, embedding, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 from leantune_kernels.rope.cases import tables
 
 ROWS, COLS, TENSORS = 2, 40, 5
@@ -99,6 +99,20 @@ def test_cross_entropy_rows(far, kernels):
                 for x in (near, distant)
             )
             assert torch.equal(found, wanted) and torch.equal(distant, near)
+
+
+def test_layer_norm_of_a_sum(far):
+    x, dy, residual = (torch.randn(ROWS, COLS, dtype=far.dtype) for _ in range(3))
+    weight, bias = torch.randn(2, COLS, dtype=far.dtype)
+    near_sum, far_sum = torch.empty_like(x), far(residual)
+    wanted = layer_norm.forward(x, weight, bias, 1e-5, None, residual, near_sum)
+    found = layer_norm.forward(far(x), weight, bias, 1e-5, far(torch.full_like(x, torch.nan)), far_sum, far_sum)
+    assert torch.equal(far_sum, near_sum) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    far_dy = far(dy)
+    needed = {"need_dweight": True, "need_dbias": True}
+    wanted = layer_norm.backward(dy, near_sum, weight, *wanted[1:], near_sum, **needed)
+    found = layer_norm.backward(far_dy, far_sum, weight, *found[1:], far_sum, far_dy, **needed)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", activation.ACTIVATIONS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers_kernels import forced
 from leantune_kernels import low_rank
 from leantune_kernels.testing import error
 
@@ -16,21 +17,11 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=["reference", "triton", "cpu:base", "cpu:avx2", "cpu:avx512"], autouse=True)
+@pytest.fixture(params=["reference", "cpu:base", "cpu:avx2", "cpu:avx512", "triton", "cuda"], autouse=True)
 def implementation(request, monkeypatch):
-    from leantune_kernels.cpu import lib
-
     torch.manual_seed(0)
-    name, _, level = request.param.partition(":")
-    monkeypatch.setenv("LEANTUNE_IMPL", name)
-    before = lib.isa()
-    if level:
-        try:
-            lib.set_isa(level)
-        except ValueError as beyond:
-            pytest.skip(str(beyond))
-    yield
-    lib.set_isa(before)
+    with forced(request.param, monkeypatch):
+        yield
 
 
 def inside(values, before=3, after=4):

@@ -113,6 +113,7 @@ def backward(dy, x, weight, mean, rstd, residual=None, out=None, need_dweight=Fa
             programs=grid[0], HAS_RESIDUAL=residual is not None, NEED_DWEIGHT=need_dweight, NEED_DBIAS=need_dbias,
             **constants,
         )  # fmt: skip
-    # The partial sums are added by torch's own reduction, in a fixed order; they are small beside the rest.
-    dweight = partials[0].sum(0) if need_dweight else None
-    return dx, dweight, partials[1].sum(0) if need_dbias else None
+    if partials is None:
+        return dx, None, None
+    # Added by torch's own reduction, in a fixed order; they are small beside the rest.
+    return dx, partials[0].sum(0) if need_dweight else None, partials[1].sum(0) if need_dbias else None
