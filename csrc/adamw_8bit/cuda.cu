@@ -1,4 +1,4 @@
-// AdamW with 8-bit moments over a list of tensors in one launch: 18 bytes a parameter in fp32, 10 in bf16. A warp holds
+// AdamW with 8-bit moments over a list of tensors in one launch: 16 bytes a parameter in fp32, 10 in bf16. A warp holds
 // a block of 256 elements in registers, eight a thread, between reading its codes and writing the new ones; the code
 // books and cells lie in shared memory, where lookups at random addresses are cheap, and blocks of threads stay for
 // many pieces, so that these 26 KB are read seldom.

@@ -135,15 +135,15 @@ template <> struct Product<float> {
     }
 };
 
-// s = X Y^T: 16 rows of X [16, D] by the N rows of Y [N, D].
-template <class T, int D, int N> __device__ void scores(const T *x, const T *y, float (&s)[N / 8][4]) {
+// s = X Y^T: 16 rows of X [16, D] by the N rows of Y [N, D], whose columns from `dim` on are zeros.
+template <class T, int D, int N> __device__ void scores(const T *x, const T *y, int dim, float (&s)[N / 8][4]) {
     typedef Product<T> P;
     constexpr int pitch = kPitch<T, D>;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i)
         s[i / 4][i % 4] = 0;
 #pragma unroll 4
-    for (int d = 0; d < D; d += P::kDepth) {
+    for (int d = 0; d < dim; d += P::kDepth) {
         const auto a = P::left(x + d, pitch);
 #pragma unroll
         for (int n = 0; n < N; n += 16)

@@ -12,6 +12,16 @@ namespace lt_cuda {
 constexpr int kListThreads = 256;
 constexpr int kRun = 8; // elements a thread takes together: two accesses of 16 bytes in fp32, one in half precision
 
+// f(T{}) for the storage type T that `dtype` names, on the device.
+template <class F> __device__ inline void with_storage_type(int64_t dtype, F f) {
+    if (dtype == LT_F32)
+        f(float{});
+    else if (dtype == LT_BF16)
+        f(__nv_bfloat16{});
+    else
+        f(__half{});
+}
+
 struct Span { // a block's piece
     int64_t begin, size;
     bool aligned; // every array of the tensor starts at a multiple of 16 bytes
@@ -82,7 +92,7 @@ template <class T> __device__ inline void store_run(T *to, int64_t i, int n, boo
 }
 
 __device__ inline void load_run_of(const void *x, int64_t dtype, int64_t i, int n, bool aligned, float *values) {
-    with_dtype_on_device((int)dtype, [&](auto t) { load_run((const decltype(t) *)x, i, n, aligned, values); });
+    with_storage_type(dtype, [&](auto t) { load_run((const decltype(t) *)x, i, n, aligned, values); });
 }
 
 // The parameter: its master where it has one.

@@ -54,7 +54,7 @@ LT_INLINE int check_parameters(const char *op, const lt_parameter *list, int64_t
         if (list[i].dtype < LT_F32 || list[i].dtype > LT_F16)
             return fail(LT_INVALID, "%s: dtype %lld of tensor %lld is none of LT_F32, LT_BF16, LT_F16", op,
                         (long long)list[i].dtype, (long long)i);
-        if (list[i].dtype == LT_F16 && !list[i].master)
+        if (list[i].dtype == LT_F16 && list[i].size > 0 && !list[i].master)
             return fail(LT_INVALID, "%s: tensor %lld is LT_F16, which needs a master", op, (long long)i);
     }
     return check_grads(op, list, tensors);

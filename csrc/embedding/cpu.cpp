@@ -2,6 +2,9 @@
 // ids together, and the sorted sequence is cut into pieces of fixed size, so that one frequent id (padding, say) is
 // many pieces' work and the sum is the same for any number of threads.
 #include "kernel.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace lt {
 namespace LT_ISA {
@@ -19,12 +22,32 @@ template <class T, class U> void copy_scaled(const T *x, float scale, U *y, int6
         narrow(widen(x[h]) * scale, y + h);
 }
 
-template <class U> void add_scaled(const float *sum, float scale, U *y, int64_t cols) {
+template <class T> void copy_scaled(const T *x, float scale, T *y, int64_t cols) {
+    if (scale == 1)
+        memcpy((void *)y, x, (size_t)cols * sizeof(T));
+    else
+        copy_scaled<T, T>(x, scale, y, cols);
+}
+
+template <class T, class U> void add_scaled(const T *x, float scale, U *y, int64_t cols) {
     int64_t h = 0;
     for (; h + W <= cols; h += W)
-        store(y + h, load(y + h) + load(sum + h) * scale);
+        store(y + h, load(y + h) + load(x + h) * scale);
     for (; h < cols; ++h)
-        narrow(widen(y[h]) + sum[h] * scale, y + h);
+        narrow(widen(y[h]) + widen(x[h]) * scale, y + h);
+}
+
+// Zeros past the cache: a table's gradient is far larger, and nobody reads it soon.
+void stream_zeros(char *p, int64_t bytes) {
+#if defined(__SSE2__)
+    const int64_t head = (int64_t)(-(uintptr_t)p % 16) < bytes ? (int64_t)(-(uintptr_t)p % 16) : bytes;
+    memset(p, 0, (size_t)head);
+    p += head;
+    bytes -= head;
+    for (; bytes >= 16; p += 16, bytes -= 16)
+        _mm_stream_si128((__m128i *)p, _mm_setzero_si128());
+#endif
+    memset(p, 0, (size_t)bytes);
 }
 
 template <class T> void add_row(const T *x, float *sum, int64_t cols) {
@@ -61,7 +84,7 @@ template <class T, class U> struct gradient {
             add_row(dy + order[i] * dy_stride, sum, cols);
     }
 
-    void write(int64_t id, const float *sum) const {
+    template <class S> void write(int64_t id, const S *sum) const {
         U *row = dweight + id * dweight_stride;
         if (accumulate)
             add_scaled(sum, scale, row, cols);
@@ -81,8 +104,8 @@ template <class T, class U> struct gradient {
                 sum_run(begin, end, first);
             } else if (end == to && to < tokens && ids[to] == ids[begin]) {
                 sum_run(begin, end, last);
-            } else if (end == begin + 1 && !accumulate) {
-                copy_scaled(dy + order[begin] * dy_stride, scale, dweight + ids[begin] * dweight_stride, cols);
+            } else if (end == begin + 1) {
+                write(ids[begin], dy + order[begin] * dy_stride);
             } else {
                 sum_run(begin, end, last); // `last` is free until the piece's last run
                 write(ids[begin], last);
@@ -118,8 +141,11 @@ template <class T, class U> struct gradient {
             while (low < tokens && ids[low] == row)
                 ++low;
             if (!named || row == padding)
-                memset((void *)(dweight + row * dweight_stride), 0, (size_t)cols * sizeof(U));
+                stream_zeros((char *)(dweight + row * dweight_stride), cols * (int64_t)sizeof(U));
         }
+#if defined(__SSE2__)
+        _mm_sfence(); // before another thread adds to the rows beside
+#endif
     }
 };
 

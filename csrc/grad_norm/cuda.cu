@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kListThreads)
     if (!t.grad)
         return;
     const Span span = span_of(t, piece);
-    with_dtype_on_device((int)t.grad_dtype, [&](auto type) {
+    with_storage_type(t.grad_dtype, [&](auto type) {
         decltype(type) *const x = (decltype(type) *)t.grad;
         for_each_run(span, [&](int64_t i, int n) {
             float values[kRun];

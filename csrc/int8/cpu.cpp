@@ -1,8 +1,5 @@
 // Row-wise 8-bit integers: quantise, dequantise, and the product of few rows with the codes themselves.
-#include "kernel.h"
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "stream.h"
 
 #define LT_UNROLL _Pragma("GCC unroll 4")
 
@@ -78,10 +75,16 @@ template <class T> void quantise_row(const T *x, int64_t cols, int8_t *codes, fl
         codes[k] = (int8_t)last[k - i];
 }
 
-template <class T> void dequantise_row(const int8_t *codes, float scale, T *out, int64_t cols) {
+template <bool STREAM, class T> void dequantise_row(const int8_t *codes, float scale, T *out, int64_t cols) {
     int64_t i = 0;
-    for (; i + W <= cols; i += W)
-        store(out + i, load_codes(codes + i) * scale);
+    for (; i + W <= cols; i += W) {
+        T values[W];
+        store(values, load_codes(codes + i) * scale);
+        typedef uint8_t bytes __attribute__((vector_size(sizeof(T) * LT_W)));
+        bytes v;
+        memcpy(&v, values, sizeof v);
+        put<STREAM>(out + i, v);
+    }
     store_part(out + i, load_codes_part(codes + i, cols - i) * scale, cols - i);
 }
 
@@ -137,14 +140,19 @@ LT_DEFINE(int8_quantise,
 
 LT_DEFINE(int8_dequantise,
           (const int8_t *codes, const float *scales, int dtype, void *out_, int64_t out_stride, int64_t rows,
-           int64_t cols),
-          (codes, scales, dtype, out_, out_stride, rows, cols)) {
+           int64_t cols, int reused),
+          (codes, scales, dtype, out_, out_stride, rows, cols, reused)) {
     using namespace lt::LT_ISA;
     return with_dtype(dtype, "out", [&](auto t) {
-        decltype(t) *out = static_cast<decltype(t) *>(out_);
+        typedef decltype(t) T;
+        T *out = static_cast<T *>(out_);
+        const int64_t row_bytes = out_stride * (int64_t)sizeof(T);
+        const bool stream = reused && row_bytes % 64 == 0 && worth_streaming(out, rows * row_bytes);
         parallel_for(rows, kRowsPerChunk, [&](int64_t begin, int64_t end, int) {
             for (int64_t row = begin; row < end; ++row)
-                dequantise_row(codes + row * cols, scales[row], out + row * out_stride, cols);
+                (stream ? dequantise_row<true, T> : dequantise_row<false, T>)(codes + row * cols, scales[row],
+                                                                              out + row * out_stride, cols);
+            streamed<true>();
         });
         return (int)LT_OK;
     });

@@ -65,6 +65,24 @@ void quantise_group(const float *absmax, float offset, int64_t n, uint8_t *codes
         codes[i] = nearest_in_dynamic_map((absmax[i] - offset) * inverse);
 }
 
+template <bool STREAM, class T>
+void dequantise_blocks(const uint8_t *codes, const absmax_list &absmax, int64_t begin, int64_t end, T *out,
+                       int64_t size) {
+    for (int64_t b = begin; b < end; ++b) {
+        const int64_t first = b * kBlock, n = size - first;
+        if (n >= kBlock) {
+            decode_block<STREAM>(codes + first / 2, absmax_at(absmax, b), out + first);
+        } else {
+            uint8_t last[kBlockBytes] = {};
+            T values[kBlock];
+            memcpy(last, codes + first / 2, (size_t)((n + 1) / 2));
+            decode_block<false>(last, absmax_at(absmax, b), values);
+            memcpy(out + first, values, (size_t)n * sizeof(T));
+        }
+    }
+    streamed<STREAM>();
+}
+
 // x [K] widened, the even places of each 2 W columns before the odd ones, as decode_pairs gives the weights.
 template <class T> void split_pairs(const T *x, int64_t cols, float *out) {
     for (int64_t k = 0; k < cols; k += 2 * W)
@@ -156,26 +174,19 @@ LT_DEFINE(nf4_quantise_absmax,
 
 LT_DEFINE(nf4_dequantise,
           (const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes, const float *absmax_scales,
-           const float *absmax_offset, int dtype, void *out_, int64_t size),
-          (codes, absmax, absmax_codes, absmax_scales, absmax_offset, dtype, out_, size)) {
+           const float *absmax_offset, int dtype, void *out_, int64_t size, int reused),
+          (codes, absmax, absmax_codes, absmax_scales, absmax_offset, dtype, out_, size, reused)) {
     using namespace lt::LT_ISA;
     const absmax_list list = {absmax, absmax_codes, absmax_scales, absmax_offset};
     return with_dtype(dtype, "out", [&](auto t) {
         typedef decltype(t) T;
         T *out = static_cast<T *>(out_);
+        const bool stream = reused && worth_streaming(out, size * (int64_t)sizeof(T));
         parallel_for((size + kBlock - 1) / kBlock, kBlocksPerChunk, [&](int64_t begin, int64_t end, int) {
-            for (int64_t b = begin; b < end; ++b) {
-                const int64_t first = b * kBlock, n = size - first;
-                if (n >= kBlock) {
-                    decode_block(codes + first / 2, absmax_at(list, b), out + first);
-                } else {
-                    uint8_t last[kBlockBytes] = {};
-                    T values[kBlock];
-                    memcpy(last, codes + first / 2, (size_t)((n + 1) / 2));
-                    decode_block(last, absmax_at(list, b), values);
-                    memcpy(out + first, values, (size_t)n * sizeof(T));
-                }
-            }
+            if (stream)
+                dequantise_blocks<true>(codes, list, begin, end, out, size);
+            else
+                dequantise_blocks<false>(codes, list, begin, end, out, size);
         });
         return (int)LT_OK;
     });

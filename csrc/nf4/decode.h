@@ -2,7 +2,7 @@
 #pragma once
 
 #include "dynamic_map.h"
-#include "kernel.h"
+#include "stream.h"
 
 namespace lt {
 namespace LT_ISA {
@@ -106,18 +106,18 @@ LT_INLINE void decode_pairs(const uint8_t *codes, const value_table &table, vf *
 }
 
 // A block of 64 weights, in order.
-LT_INLINE void decode_block(const uint8_t *codes, float absmax, float *out) {
+template <bool STREAM> LT_INLINE void decode_block(const uint8_t *codes, float absmax, float *out) {
     const value_table table = scaled_code_book(absmax);
     for (int64_t i = 0; i < kBlock; i += W) {
         vb_half bytes;
         memcpy(&bytes, codes + i / 2, sizeof bytes);
         const vq wide = widen_bytes(bytes); // two lanes of 32 bits a byte, the first for its high half
-        store(out + i, look_up(table, (vu)(wide >> 4 | wide << 32)));
+        put<STREAM>(out + i, look_up(table, (vu)(wide >> 4 | wide << 32)));
     }
 }
 
 // The same in 16 bits: the table is rounded once, then its entries are moved, not computed.
-template <class T> LT_INLINE void decode_block(const uint8_t *codes, float absmax, T *out) {
+template <bool STREAM, class T> LT_INLINE void decode_block(const uint8_t *codes, float absmax, T *out) {
     T table[16];
     for (int64_t i = 0; i < 16; i += W)
         store(table + i, load(kCodeBook + i) * absmax);
@@ -126,7 +126,7 @@ template <class T> LT_INLINE void decode_block(const uint8_t *codes, float absma
     for (int64_t i = 0; i < kBlock; i += 32) {
         const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
         const __m512i code = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(code, values));
+        put<STREAM>(out + i, _mm512_permutexvar_epi16(code, values));
     }
 #elif defined(__AVX2__)
     const __m128i bytes_together = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
@@ -140,8 +140,8 @@ template <class T> LT_INLINE void decode_block(const uint8_t *codes, float absma
         const __m128i code[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
         for (int j = 0; j < 2; ++j) {
             const __m128i low = _mm_shuffle_epi8(low_bytes, code[j]), high = _mm_shuffle_epi8(high_bytes, code[j]);
-            _mm_storeu_si128((__m128i *)(out + i + 16 * j), _mm_unpacklo_epi8(low, high));
-            _mm_storeu_si128((__m128i *)(out + i + 16 * j + 8), _mm_unpackhi_epi8(low, high));
+            put<STREAM>(out + i + 16 * j, _mm_unpacklo_epi8(low, high));
+            put<STREAM>(out + i + 16 * j + 8, _mm_unpackhi_epi8(low, high));
         }
     }
 #else

@@ -32,3 +32,8 @@ def expect_dims(name: str, value: torch.Tensor, *dims: str) -> None:
     """ValueError that names the argument unless `value` has as many dimensions as `dims` describes."""
     if value.dim() != len(dims):
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be [{', '.join(dims)}]")
+
+
+def can_read(value: torch.Tensor) -> bool:
+    """Whether a check may look at the elements: on a device the host would wait for them, in a graph there are none."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()

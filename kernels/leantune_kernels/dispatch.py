@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from leantune_kernels.graph import Effects, Traced
+
 log = logging.getLogger("leantune_kernels")
 
 # In order of preference. A file that is absent means the op has no such implementation (yet).
@@ -41,6 +43,7 @@ class Op:
     """
 
     package: str  # such as "leantune_kernels.rms_norm"
+    effects: dict[str, Effects] = field(default_factory=dict)  # of raw functions that overwrite arguments
     _picked: dict[tuple[str | None, str, torch.dtype], ModuleType] = field(default_factory=dict)
 
     @property
@@ -69,7 +72,12 @@ class Op:
         return "not written for this op" if module is None else module.refuses(x)
 
     def pick(self, x: torch.Tensor) -> ModuleType:
-        """The implementation for a call whose main tensor is `x`. Raises CannotServe."""
+        """The implementation for a call whose main tensor is `x`. Raises CannotServe.
+
+        While torch.compile traces, it is a stand-in that picks when the graph runs.
+        """
+        if torch.compiler.is_compiling():
+            return Traced(self.package, self.effects)  # type: ignore[return-value]
         key = (os.environ.get("LEANTUNE_IMPL"), x.device.type, x.dtype)
         module = self._picked.get(key)
         if module is None:

@@ -15,21 +15,28 @@ Array = Any  # what has __dlpack__ or the buffer protocol
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # enum lt_activation
 
-# ---- RMSNorm ---------------------------------------------------------------------------------------------------------
+# ---- norms -----------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Array, weight: Array, eps: float = 1e-6, out: Array | None = None) -> tuple[Array, Array]:
+def rms_norm(
+    x: Array, weight: Array, eps: float = 1e-6, residual: Array | None = None, out: Array | None = None
+) -> tuple[Array, ...]:
     """(y, rstd): y = x / sqrt(mean(x^2) + eps) * weight of `x` [T, H] by `weight` [H], in x's dtype.
 
-    rstd [T] float32 is kept for the backward pass.
+    rstd [T] float32 is kept for the backward pass. With `residual` [T, H], (y, rstd, s): the norm of s = x + residual.
+    Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     x_ = take("x", x, ("T", "H"))
     weight_ = take("weight", weight, x_.shape[1:], dense=True)
     y, rstd = result("out", out, x_.shape, x_.dtype, x_), result("rstd", None, x_.shape[:1], "float32")
-    lib.rms_norm_forward(
-        x_.code, x_.address, x_.row, weight_.code, weight_.address, y.address, y.row, rstd.address, *x_.shape, eps
-    )
-    return y.source, rstd.source
+    of_rows = weight_.code, weight_.address, y.address, y.row, rstd.address, *x_.shape, eps
+    if residual is None:
+        lib.rms_norm_forward(x_.code, x_.address, x_.row, *of_rows)
+        return y.source, rstd.source
+    residual_ = take("residual", residual, x_.shape, x_.dtype)
+    s = result("s", None, x_.shape, x_.dtype, x_)
+    lib.add_rms_norm_forward(x_.code, x_.address, x_.row, residual_.address, residual_.row, s.address, s.row, *of_rows)
+    return y.source, rstd.source, s.source
 
 
 def rms_norm_backward(
@@ -43,7 +50,8 @@ def rms_norm_backward(
 ) -> tuple[Array, Array | None]:
     """(dx [T, H], dweight [H] float32 or None) for the upstream gradient `dy` [T, H] in x's dtype.
 
-    `residual` [T, H], the gradient that reaches x past the norm, is added to dx. `out` takes dx and may be dy.
+    `residual` [T, H], the gradient that reaches x past the norm, is added to dx. `out` takes dx and may be dy. After a
+    forward pass with a residual x is s, and dx the gradient of x and of the residual alike.
     """
     x_ = take("x", x, ("T", "H"))
     dy_ = take("dy", dy, x_.shape, x_.dtype)
@@ -57,6 +65,55 @@ def rms_norm_backward(
         address(residual_), residual_.row if residual_ else 0, dx.address, dx.row, address(dweight), *x_.shape,
     )  # fmt: skip
     return dx.source, dweight.source if dweight else None
+
+
+def layer_norm(
+    x: Array, weight: Array, bias: Array | None = None, eps: float = 1e-5, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """(y, mean, rstd): y = (x - mean) * rstd * weight + bias of `x` [T, H], in x's dtype; mean, rstd [T] float32.
+
+    bias [H] has weight's dtype. Ba et al. 2016, arXiv:1607.06450.
+    """
+    x_ = take("x", x, ("T", "H"))
+    weight_ = take("weight", weight, x_.shape[1:], dense=True)
+    bias_ = None if bias is None else take("bias", bias, x_.shape[1:], weight_.dtype, dense=True)
+    y = result("out", out, x_.shape, x_.dtype, x_)
+    mean, rstd = (result(name, None, x_.shape[:1], "float32") for name in ("mean", "rstd"))
+    lib.layer_norm_forward(
+        x_.code, x_.address, x_.row, weight_.code, weight_.address, address(bias_), y.address, y.row,
+        mean.address, rstd.address, *x_.shape, eps,
+    )  # fmt: skip
+    return y.source, mean.source, rstd.source
+
+
+def layer_norm_backward(
+    dy: Array,
+    x: Array,
+    weight: Array,
+    mean: Array,
+    rstd: Array,
+    residual: Array | None = None,
+    out: Array | None = None,
+    need_gradients: bool = True,
+) -> tuple[Array, Array | None, Array | None]:
+    """(dx [T, H], dweight [H], dbias [H]) for the upstream gradient `dy` [T, H] in x's dtype; the latter float32.
+
+    They are None without `need_gradients`. `residual` [T, H] is added to dx. `out` takes dx and may be dy.
+    """
+    x_ = take("x", x, ("T", "H"))
+    dy_ = take("dy", dy, x_.shape, x_.dtype)
+    weight_ = take("weight", weight, x_.shape[1:], dense=True)
+    mean_, rstd_ = (take(n, s, x_.shape[:1], "float32", dense=True) for n, s in (("mean", mean), ("rstd", rstd)))
+    residual_ = None if residual is None else take("residual", residual, x_.shape, x_.dtype)
+    dx = result("out", out, x_.shape, x_.dtype, x_)
+    grads = [result(n, None, x_.shape[1:], "float32") if need_gradients else None for n in ("dweight", "dbias")]
+    lib.layer_norm_backward(
+        x_.code, dy_.address, dy_.row, x_.address, x_.row, weight_.code, weight_.address, mean_.address,
+        rstd_.address, address(residual_), residual_.row if residual_ else 0, dx.address, dx.row,
+        address(grads[0]), address(grads[1]), *x_.shape,
+    )  # fmt: skip
+    dweight, dbias = (None if g is None else g.source for g in grads)
+    return dx.source, dweight, dbias
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------

@@ -102,7 +102,14 @@ class ParameterTable:
         seed: int,
         **numbers: Any,
     ) -> None:
-        """One update by the implementation that serves: its `update(table, grads, step=, lr=, seed=, ...)`."""
+        """One update by the implementation that serves: its `update(table, grads, step=, lr=, seed=, ...)`.
+
+        It works on addresses, so torch.compile breaks the graph around it.
+        """
+        if torch.compiler.is_compiling():
+            numbers |= {"step": step, "lr": lr, "weight_decay": weight_decay, "seed": seed}
+            torch.compiler.disable(self.run)(grads, **numbers)
+            return
         if not 1 <= step <= MOST_STEPS:
             raise ValueError(f"step={step} must be 1 for the first update, then 2 and so on, below 2^32")
         if not 0 <= seed < 2**64:

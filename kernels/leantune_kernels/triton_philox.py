@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def philox(counter, third, fourth, seed):  # type: ignore[no-untyped-def]
+def philox(counter, third, fourth, seed):
     """The four words (uint32) at every 64-bit number in the block `counter`; third and fourth are 32-bit scalars."""
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
@@ -21,7 +21,7 @@ def philox(counter, third, fourth, seed):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def philox_words(first, COUNTERS: tl.constexpr, third, fourth, seed):  # type: ignore[no-untyped-def]
+def philox_words(first, COUNTERS: tl.constexpr, third, fourth, seed):
     """[4 * COUNTERS] uint32: the words of counters first, first + 1 and so on, in order."""
     counter = tl.to_tensor(first).to(tl.int64) + tl.arange(0, COUNTERS)
     w0, w1, w2, w3 = philox(counter, third, fourth, seed)
@@ -29,7 +29,7 @@ def philox_words(first, COUNTERS: tl.constexpr, third, fourth, seed):  # type: i
 
 
 @triton.jit
-def philox_halves(first, COUNTERS: tl.constexpr, third, fourth, seed):  # type: ignore[no-untyped-def]
+def philox_halves(first, COUNTERS: tl.constexpr, third, fourth, seed):
     """[8 * COUNTERS] uint32 below 2^16: the low half, then the high half of each word of philox_words."""
     words = philox_words(first, COUNTERS, third, fourth, seed)
     return tl.interleave(words & 0xFFFF, words >> 16)

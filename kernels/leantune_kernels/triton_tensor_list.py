@@ -35,9 +35,7 @@ def aligned(rows: torch.Tensor) -> bool:
     return not bool((rows[:, _ADDRESSES] & 15).any())
 
 
-def launch(  # type: ignore[no-untyped-def]
-    table: ParameterTable, grads: Grads, lr: list[float], weight_decay: list[float], seed: int
-):
+def launch(table: ParameterTable, grads: Grads, lr: list[float], weight_decay: list[float], seed: int):
     """(grid, arguments by name) with which every optimizer's kernel starts."""
     rows, pieces = table.rows(grads, lr, weight_decay), table.pieces()
     arguments = {"rows": rows.to(pieces.device, non_blocking=True), "pieces": pieces}
@@ -46,7 +44,7 @@ def launch(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def locate(rows, pieces):  # type: ignore[no-untyped-def]
+def locate(rows, pieces):
     """(row of the program's tensor, its number, first element, elements left in the piece)."""
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(pieces + 2 * program)
@@ -56,7 +54,7 @@ def locate(rows, pieces):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def span(left, TAIL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def span(left, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     """Where a piece's whole blocks start and end, or with TAIL the rest, which alone needs a mask.
 
     A kernel's body stands in `for TAIL in tl.static_range(2)`: without a mask accesses are of 16 bytes.
@@ -66,7 +64,7 @@ def span(left, TAIL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def elements(begin, start, left, TAIL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def elements(begin, start, left, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     """(offsets in the tensor, mask) of the block at `start` of the piece."""
     inside = start + tl.arange(0, BLOCK)
     mask = inside < left if TAIL else tl.full([BLOCK], True, tl.int1)
@@ -74,19 +72,19 @@ def elements(begin, start, left, TAIL: tl.constexpr, BLOCK: tl.constexpr):  # ty
 
 
 @triton.jit
-def load_double(row, FIELD: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_double(row, FIELD: tl.constexpr):
     return tl.load(row + FIELD).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def typed(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def typed(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """`address`, an integer, as a pointer."""
     pointer = address.to(tl.pointer_type(TYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
-def load_as_float(address, code, offset, mask, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_as_float(address, code, offset, mask, ALIGNED: tl.constexpr):
     """float32 of elements in the storage type `code` (LT_F32, LT_BF16, LT_F16)."""
     if code == 0:
         x = tl.load(typed(address, tl.float32, ALIGNED) + offset, mask, other=0.0)
@@ -99,7 +97,7 @@ def load_as_float(address, code, offset, mask, ALIGNED: tl.constexpr):  # type: 
 
 
 @triton.jit
-def store_nearest(address, code, x, offset, mask, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_nearest(address, code, x, offset, mask, ALIGNED: tl.constexpr):
     if code == 0:
         tl.store(typed(address, tl.float32, ALIGNED) + offset, x, mask)
     elif code == 1:
@@ -111,13 +109,13 @@ def store_nearest(address, code, x, offset, mask, ALIGNED: tl.constexpr):  # typ
 
 
 @triton.jit
-def ordered_bits(x):  # type: ignore[no-untyped-def]
+def ordered_bits(x):
     """The bits of x, with one NaN for all, so that adding to them never overflows."""
     return tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
-def load_value(row, offset, mask, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_value(row, offset, mask, ALIGNED: tl.constexpr):
     """The parameter in float32: its master where it has one."""
     master = tl.load(row + MASTER)
     if master != 0:
@@ -128,7 +126,7 @@ def load_value(row, offset, mask, ALIGNED: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def store_value(row, x, tensor, first, offset, mask, step, seed, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_value(row, x, tensor, first, offset, mask, step, seed, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """Writes the updated parameter back, as its storage asks; `first` is the block's first element."""
     data = tl.load(row + DATA)
     master = tl.load(row + MASTER)
@@ -145,10 +143,10 @@ def store_value(row, x, tensor, first, offset, mask, step, seed, BLOCK: tl.const
 
 
 @triton.jit
-def load_state(row, NUMBER: tl.constexpr, offset, mask, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_state(row, NUMBER: tl.constexpr, offset, mask, ALIGNED: tl.constexpr):
     return tl.load(typed(tl.load(row + STATES + NUMBER), tl.float32, ALIGNED) + offset, mask, other=0.0)
 
 
 @triton.jit
-def store_state(row, NUMBER: tl.constexpr, x, offset, mask, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_state(row, NUMBER: tl.constexpr, x, offset, mask, ALIGNED: tl.constexpr):
     tl.store(typed(tl.load(row + STATES + NUMBER), tl.float32, ALIGNED) + offset, x, mask)

@@ -31,7 +31,7 @@ TRACE = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]  # th
 # flavour: (flags of the kernels, flags of the runtime, flags of the link)
 FLAVOURS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "plain": ([], [], ["-Wl,-z,defs"]),
-    "sanitized": (SANITIZE, SANITIZE, SANITIZE),
+    "sanitized": (SANITIZE, ["-fsanitize=address"], SANITIZE),
     "traced": (["-DLT_HOST_TRACED", *TRACE], ["-DLT_HOST_TRACED"], ["-Wl,-z,defs"]),
 }
 

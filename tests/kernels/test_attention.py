@@ -1,8 +1,16 @@
-"""Packed attention: what the generic tests of test_ops.py do not cover."""
+"""Packed attention: what the generic tests of test_ops.py do not cover.
+
+The CUDA kernels run in the emulator of tests/cuda_host, the Triton kernels in Triton's interpreter.
+"""
+
+from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from cuda_host import host
 from leantune_kernels import attention as ops
 from leantune_kernels import testing
 from leantune_kernels.attention.cases import cumulative
@@ -13,10 +21,20 @@ HEADS, KV_HEADS, DIM = 4, 2, 24
 SCALE = DIM**-0.5
 
 
-@pytest.fixture(params=["reference", "cpu"], autouse=True)
-def implementation(request, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
-    return request.param
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(not find_spec("triton") or torch.cuda.is_available(), reason="not interpreted")
+)
+
+
+@pytest.fixture(params=["reference", "cpu", TRITON, "cuda"], autouse=True, scope="module")
+def implementation(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEANTUNE_IMPL", request.param)
+        if request.param == "cuda":
+            with host.kernels("plain"):
+                yield request.param
+        else:
+            yield request.param
 
 
 def qkv_slices(buffer):
@@ -28,21 +46,22 @@ def random_qkv(tokens, seed=0):
     return torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def outputs_and_gradients(q, k, v, do, cu_seqlens, causal):
-    o, lse = ops.forward(q, k, v, cu_seqlens, SCALE, causal)
-    return (o, lse.T, *ops.backward(do, q, k, v, o, lse, cu_seqlens, SCALE, causal))
+def outputs_and_gradients(q, k, v, do, cu_seqlens, causal, window=None):
+    o, lse = ops.forward(q, k, v, cu_seqlens, SCALE, causal, window=window)
+    return (o, lse.T, *ops.backward(do, q, k, v, o, lse, cu_seqlens, SCALE, causal, window=window))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_sequence_does_not_see_another(causal):
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 40), (False, 7)])
+def test_a_sequence_does_not_see_another(causal, window):
     """Not a bit of the others' outputs and gradients changes when one sequence's tokens become NaN."""
     cu_seqlens, tokens = cumulative(LENGTHS), sum(LENGTHS)
     before, after = random_qkv(tokens), random_qkv(tokens)
     changed = slice(int(cu_seqlens[1]), int(cu_seqlens[2]))
     after[changed] = float("nan")
     do = torch.randn(tokens, HEADS, DIM, generator=torch.Generator().manual_seed(1))
-    first = outputs_and_gradients(*qkv_slices(before), do, cu_seqlens, causal)
-    second = outputs_and_gradients(*qkv_slices(after), do, cu_seqlens, causal)
+    first = outputs_and_gradients(*qkv_slices(before), do, cu_seqlens, causal, window)
+    second = outputs_and_gradients(*qkv_slices(after), do, cu_seqlens, causal, window)
     others = torch.ones(tokens, dtype=torch.bool)
     others[changed] = False
     for a, b in zip(first, second, strict=True):
@@ -57,6 +76,90 @@ def test_a_token_does_not_see_what_follows_it():
     first, _ = ops.forward(*qkv_slices(before), cu_seqlens, SCALE, True)
     second, _ = ops.forward(*qkv_slices(after), cu_seqlens, SCALE, True)
     assert torch.equal(first[:77], second[:77])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 2, 50])
+def test_a_token_does_not_see_what_lies_outside_its_window(causal, window):
+    """Not a bit of its output changes with keys and values at a distance of `window`, and not only nearer ones."""
+    cu_seqlens, tokens, at = cumulative([130]), 130, 77
+    before, after = random_qkv(tokens), random_qkv(tokens)
+    distance = (torch.arange(tokens) - at).abs()
+    after[distance >= window] = 1e4 * after[distance >= window].roll(1, 0)
+    first, second = (ops.forward(*qkv_slices(x), cu_seqlens, SCALE, causal, window=window)[0] for x in (before, after))
+    assert torch.equal(first[at], second[at])
+    after = before.clone()
+    after[at - window + 1] = 0  # the farthest that it sees
+    assert not torch.equal(first[at], ops.forward(*qkv_slices(after), cu_seqlens, SCALE, causal, window=window)[0][at])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_as_long_as_the_sequence_is_none(causal, implementation):
+    cu_seqlens, tokens = cumulative(LENGTHS), sum(LENGTHS)
+    q, k, v = qkv_slices(random_qkv(tokens))
+    do = torch.randn(tokens, HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    none = outputs_and_gradients(q, k, v, do, cu_seqlens, causal)
+    for window in (max(LENGTHS), 10**12):
+        for a, b in zip(none, outputs_and_gradients(q, k, v, do, cu_seqlens, causal, window), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_window_of_one_token_is_the_identity():
+    """Each token sees itself alone: o = v, dv = do, and q and k get no gradient beyond rounding."""
+    cu_seqlens, tokens = cumulative([70, 3]), 73
+    q, k, v = qkv_slices(random_qkv(tokens))
+    do = torch.randn(tokens, HEADS, DIM)
+    for causal in (True, False):
+        o, _, dq, dk, dv = outputs_and_gradients(q, k, v, do, cu_seqlens, causal, window=1)
+        torch.testing.assert_close(o, v.repeat_interleave(2, 1))
+        torch.testing.assert_close(dv, do.unflatten(1, (-1, 2)).sum(2))
+        assert dq.abs().max() < 1e-4 and dk.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_window_as_hugging_face_masks(causal):
+    """Causal as Mistral's sliding_window; bidirectional as ModernBERT's, whose layers ask for a window of half + 1."""
+    masking = pytest.importorskip("transformers.masking_utils")
+    length, half = 33, 8
+    mask = masking.sliding_window_causal_mask_function(half) if causal else (
+        masking.sliding_window_bidirectional_mask_function(half)
+    )  # fmt: skip
+    token = torch.arange(length)
+    sees = mask(0, 0, token[:, None], token[None, :]).expand(length, length)
+    q, k, v = (torch.randn(length, 1, 16) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=sees)
+    o = ops.attention(q, k, v, cumulative([length]), causal=causal, window=half if causal else half + 1)
+    torch.testing.assert_close(o, expected.transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+@st.composite
+def packs(draw):
+    """(lengths, heads, kv_heads, head_dim, causal, window)"""
+    lengths = draw(st.lists(st.one_of(st.integers(0, 40), st.integers(60, 140)), min_size=1, max_size=3))
+    kv_heads = draw(st.integers(1, 2))
+    window = draw(st.one_of(st.none(), st.integers(1, 150)))
+    return lengths, kv_heads * draw(st.integers(1, 3)), kv_heads, draw(st.integers(1, 72)), draw(st.booleans()), window
+
+
+@given(packs(), st.integers(0, 500))  # a longer sequence for the C++ kernel, which divides its keys from 384 on
+@settings(deadline=None, max_examples=25)
+def test_any_pack_is_within_plain_pytorchs_own_error(implementation, pack, longer):
+    if implementation in ("reference", "triton"):
+        pytest.skip("the reference is the plain formula, and the interpreter too slow; test_ops.py has the cases")
+    lengths, heads, kv_heads, dim, causal, window = pack
+    if implementation == "cpu":
+        lengths = [*lengths, longer]
+    generator, tokens = torch.Generator().manual_seed(0), sum(lengths)
+    inputs = {
+        name: testing.normal(generator, tokens, n, dim, dtype=torch.float32)
+        for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    }
+    inputs |= {"cu_seqlens": cumulative(lengths), "causal": causal, "window": window}
+    case = testing.Case("", lambda *_: inputs, ("q", "k", "v"))
+    truth, own = (testing.run(plain, inputs, case, dtype) for dtype in (torch.float64, None))
+    for value, exact, ours in zip(testing.run(ops.attention, inputs, case), truth, own, strict=True):
+        # where tokens see hardly more than themselves, gradients are differences of equal terms: near 0 but for them
+        assert (value - exact).norm() <= 1.5 * (ours - exact).norm() + 1e-6 * (exact.norm() + exact.numel() ** 0.5)
 
 
 def test_a_sequence_alone_gives_what_it_gives_in_a_pack(implementation):
@@ -151,6 +254,13 @@ def test_gradients_of_a_subset_and_used_twice():
     torch.testing.assert_close(twice, 2 * once)
     with torch.no_grad():
         assert not ops.attention(q, k, v, cu_seqlens).requires_grad
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_without_the_token_itself(window):
+    x = torch.randn(6, 2, 8)
+    with pytest.raises(ValueError, match=f"window={window}; a token sees at least itself"):
+        ops.attention(x, x, x, cumulative([6]), window=window)
 
 
 @pytest.mark.parametrize("bounds", [[1, 6], [0, 5], [0, 4, 3, 6], [0, 7], []])

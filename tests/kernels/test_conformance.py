@@ -71,7 +71,7 @@ def test_what_cannot_serve_is_named_with_its_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ops": ["norm"]}, "op='norm' is unknown; use adamw, "),
+        ({"ops": ["norm"]}, "op='norm' is unknown; use activation, "),
         ({"dtypes": ["float64"]}, "dtype='float64' is unknown; use float32, bfloat16, float16"),
         ({"implementations": ["gpu"]}, "implementation='gpu' is unknown; use cuda, triton, cpu, reference"),
         ({"device": "xyz"}, "device='xyz' is not available: "),

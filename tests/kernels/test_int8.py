@@ -167,3 +167,14 @@ def test_traffic_is_near_its_floor(name, dtype, monkeypatch):
         with triton_interpreter.counted() as traffic:
             run()
         assert traffic.loaded + traffic.stored <= 1.1 * least
+
+
+def test_an_output_larger_than_the_caches(monkeypatch):
+    """It is written past them where its rows are aligned, and the columns over beside."""
+    weight = torch.randn(1025, 4099)
+    for level in ("base", "avx2", "avx512"):
+        with monkeypatch.context() as patch, forced(f"cpu:{level}", patch):
+            w = int8.quantise(weight)
+            for dtype in DTYPES:
+                out = torch.full((1025, 4128), torch.nan, dtype=dtype)[:, :4099]
+                assert torch.equal(int8.dequantise(w, out=out), by_reference(int8.dequantise, w, dtype))

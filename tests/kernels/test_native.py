@@ -63,6 +63,29 @@ def test_rms_norm(rows, cols):
     close(dweight, (dy * rms_norm_fp64(x, np.ones(cols), 1e-5)).sum(0), 1e-4)
 
 
+def test_rms_norm_of_a_sum():
+    x, residual, weight = normal(3, 7), normal(3, 7), normal(7)
+    y, rstd, s = native.rms_norm(x, weight, 1e-5, residual)
+    assert np.array_equal(s, x + residual)
+    assert all(np.array_equal(a, b) for a, b in zip((y, rstd), native.rms_norm(s, weight, 1e-5), strict=True))
+
+
+@pytest.mark.parametrize("bias", [None, normal(6)])
+def test_layer_norm(bias):
+    x, weight, dy, residual = normal(4, 6), normal(6), normal(4, 6), normal(4, 6)
+
+    def plain(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + (0 if bias is None else bias)
+
+    y, mean, rstd = native.layer_norm(x, weight, bias)
+    close(y, plain(wide(x)))
+    dx, dweight, dbias = native.layer_norm_backward(dy, x, weight, mean, rstd, residual)
+    close(dx, derivative(plain, x, dy) + residual, 1e-4)
+    close(dweight, (dy * (wide(x) - mean[:, None]) * rstd[:, None]).sum(0))
+    close(dbias, wide(dy).sum(0))
+
+
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: x * 0.5 * np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)), otypes=[float])(x),

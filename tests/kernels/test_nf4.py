@@ -232,3 +232,14 @@ def test_traffic_is_near_its_floor(name, dtype, monkeypatch):
         with triton_interpreter.counted() as traffic:
             run()
         assert traffic.loaded + traffic.stored <= 1.1 * least
+
+
+def test_an_output_larger_than_the_caches(monkeypatch):
+    """It is written past them, in every storage type, and the odd end beside."""
+    weight = torch.randn(4 * 2**20 + 77)
+    for level in ("base", "avx2", "avx512"):
+        with monkeypatch.context() as patch, forced(f"cpu:{level}", patch):
+            w = nf4.quantise(weight)
+            for dtype in DTYPES:
+                out = torch.full_like(weight, torch.nan, dtype=dtype)
+                assert torch.equal(nf4.dequantise(w, out=out), by_reference(nf4.dequantise, w, dtype))

@@ -8,20 +8,22 @@ from torch.autograd.function import once_differentiable
 from leantune_kernels.rms_norm.reference import backward, forward, plain
 
 
-def good(x, weight, eps):
-    return plain(x, weight, eps)
+def good(x, weight, eps, residual=None):
+    return plain(x, weight, eps, residual)
 
 
-def without_eps(x, weight, eps):
-    return plain(x, weight, 0.0)
+def without_eps(x, weight, eps, residual=None):
+    return plain(x, weight, 0.0, residual)
 
 
 class _RMSNorm(torch.autograd.Function):
     """The reference's formula; what a subclass does to its parts is the mistake."""
 
     @classmethod
-    def of(cls, x, weight, eps):
-        return cls.apply(x, weight, eps)
+    def of(cls, x, weight, eps, residual=None):
+        if residual is None:
+            return cls.apply(x, weight, eps)
+        return cls.apply(x + residual, weight, eps), x + residual
 
     @classmethod
     def forward(cls, ctx, x, weight, eps):
@@ -104,9 +106,9 @@ overwrites_the_upstream_gradient = OverwritesTheUpstreamGradient.of
 differs_from_run_to_run = DiffersFromRunToRun.of
 
 
-def forgets_the_weight(x, weight, eps):
-    return plain(x, weight.detach(), eps)
+def forgets_the_weight(x, weight, eps, residual=None):
+    return plain(x, weight.detach(), eps, residual)
 
 
-def of_another_shape(x, weight, eps):
-    return plain(x, weight, eps)[None]
+def of_another_shape(x, weight, eps, residual=None):
+    return plain(x, weight, eps)[None] if residual is None else plain(x, weight, eps, residual)

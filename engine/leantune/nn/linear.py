@@ -182,8 +182,8 @@ class LinearGroup:
                 sharing.append((4 * i + 2, low_rank.Adapter(columns, lora.A, lora.B, lora.scale)))
         if sharing:
             pairs = low_rank.gradients_group(x, [adapter for _, adapter in sharing])
-            for (at, _), pair in zip(sharing, pairs, strict=True):
-                gradients[at : at + 2] = pair
+            for (at, _), of_factors in zip(sharing, pairs, strict=True):
+                gradients[at : at + 2] = of_factors
         return [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
 
     def _weight(self, x: torch.Tensor, batch: Packed) -> tuple[Buffer | None, torch.Tensor | None, Sequence[Linear]]:

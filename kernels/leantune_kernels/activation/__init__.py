@@ -10,8 +10,9 @@ import torch
 
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((2,), returns=True), "backward": Effects((3,), returns=True)})
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # the codes of enum lt_activation
 

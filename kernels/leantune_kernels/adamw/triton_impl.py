@@ -27,7 +27,7 @@ __all__ = ["adamw_update", "numbers_of", "rates", "refuses", "update"]
 
 
 @triton.jit
-def adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, correction):  # type: ignore[no-untyped-def]
+def adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_scale, correction):
     """(p, m, v) after the step, in float32; what the numbers are: see numbers_of."""
     g = g * grad_scale
     m = m + (g - m) * rest1
@@ -36,7 +36,7 @@ def adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_sc
 
 
 @triton.jit
-def rates(row, lr_factor):  # type: ignore[no-untyped-def]
+def rates(row, lr_factor):
     """(decay, step_size) of a tensor, from its learning rate and weight decay."""
     lr = load_double(row, LR)
     return (1.0 - lr * load_double(row, WEIGHT_DECAY)).to(tl.float32), (lr * lr_factor).to(tl.float32)
@@ -57,7 +57,7 @@ def numbers_of(beta1: float, beta2: float, eps: float, grad_scale: float, step: 
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
-def adamw_kernel(  # type: ignore[no-untyped-def]
+def adamw_kernel(
     rows,
     pieces,
     rest1,
@@ -91,7 +91,7 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
             store_value(row, p, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
-def update(table, grads, *, lr, weight_decay, beta1, beta2, eps, grad_scale, step, seed):  # type: ignore[no-untyped-def]
+def update(table, grads, *, lr, weight_decay, beta1, beta2, eps, grad_scale, step, seed):
     grid, arguments = launch(table, grads, lr, weight_decay, seed)
     if grid[0]:
         adamw_kernel[grid](**arguments, **numbers_of(beta1, beta2, eps, grad_scale, step))

@@ -6,47 +6,66 @@ on either side, which no bound on an error describes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from leantune_kernels.adamw_8bit import adamw_8bit_step
-from leantune_kernels.adamw_8bit.code_book import encode
+from leantune_kernels.adamw_8bit import AdamW8bitTable, adamw_8bit_step
+from leantune_kernels.adamw_8bit.code_book import BLOCK, encode
 from leantune_kernels.adamw_8bit.reference import plain as plain_step
-from leantune_kernels.testing import Case, normal
+from leantune_kernels.optimizer_cases import SIZES, bytes_of_parameters, cut, masters, torch_step
+from leantune_kernels.testing import Case, Floor, normal
 
-__all__ = ["CASES", "DTYPES", "function", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "TRAFFIC", "contenders", "floor", "function", "of_length", "plain"]
 
-DTYPES = (torch.float32,)  # of the parameters; bfloat16 ones are in tests/kernels/test_optimizers.py
+MEMORY_BOUND = True
 Tensor = torch.Tensor
+States = tuple[list[Tensor], ...]  # codes of m, absmax of m, codes of v, absmax of v
 
 
-def function(p: Tensor, g: Tensor, states: list[list[Tensor]], sizes: list[int], **numbers: Any) -> tuple[Tensor, ...]:
-    params, grads = ([part.clone() for part in t.split(sizes)] for t in (p, g))
-    given = [[t.clone() for t in tensors] for tensors in states]
-    adamw_8bit_step(params, grads, *given, **numbers)
+def _cut(states: dict[str, Tensor], sizes: list[int]) -> States:
+    blocks = [-(-n // BLOCK) for n in sizes]
+    return tuple(cut(t, blocks if name.startswith("absmax") else sizes) for name, t in states.items())
+
+
+def function(p: Tensor, g: Tensor, sizes: list[int], step: int, lr: float, **others: Any) -> tuple[Tensor, ...]:
+    states, numbers = _apart(others)
+    params, given = cut(p, sizes), _cut(states, sizes)
+    adamw_8bit_step(params, cut(g, sizes), *given, step=step, lr=lr, masters=masters(params), **numbers)
     return tuple(torch.cat(tensors) for tensors in (params, given[1], given[3]))
 
 
-def plain(p: Tensor, g: Tensor, states: list[list[Tensor]], sizes: list[int], **numbers: Any) -> tuple[Tensor, ...]:
-    results = [
-        plain_step(p_i, g_i, codes_m, absmax_m.to(p), codes_v, absmax_v.to(p), **numbers)
-        for p_i, g_i, codes_m, absmax_m, codes_v, absmax_v in zip(p.split(sizes), g.split(sizes), *states, strict=True)
-    ]
-    return tuple(torch.cat([result[k] for result in results]) for k in (0, 2, 4))
+def plain(p: Tensor, g: Tensor, sizes: list[int], **others: Any) -> tuple[Tensor, ...]:
+    states, numbers = _apart(others)
+    parts = zip(p.split(sizes), g.split(sizes), *_cut(states, sizes), strict=True)
+    results = [plain_step(*part, **numbers) for part in parts]
+    return tuple(torch.cat([result[k] for result in results]).to(t) for k, t in ((0, p), (2, p), (4, p)))
+
+
+def _apart(others: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    states = {k: v for k, v in others.items() if isinstance(v, Tensor)}
+    return states, {k: v for k, v in others.items() if k not in states}
 
 
 def _case(sizes: list[int], **numbers: Any) -> Case:
     n = sum(sizes)
 
     def make(g: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-        m = [encode(t, signed=True) for t in normal(g, n, dtype=dtype, scale=0.1).split(sizes)]
-        v = [encode(t.square(), signed=False) for t in normal(g, n, dtype=dtype, scale=0.1).split(sizes)]
-        states = [[t[k] for t in moments] for moments in (m, v) for k in (0, 1)]
-        p, grad = normal(g, n, dtype=dtype), normal(g, n, dtype=dtype, scale=0.1)
-        return {"p": p, "g": grad, "states": states, "sizes": sizes, **numbers}
+        m = [encode(t, signed=True) for t in normal(g, n, dtype=torch.float32, scale=0.1).split(sizes)]
+        v = [encode(t.square(), signed=False) for t in normal(g, n, dtype=torch.float32, scale=0.1).split(sizes)]
+        return {
+            "p": normal(g, n, dtype=dtype),
+            "g": normal(g, n, dtype=dtype, scale=0.1),
+            "codes_m": torch.cat([codes for codes, _ in m]),
+            "absmax_m": torch.cat([absmax for _, absmax in m]),
+            "codes_v": torch.cat([codes for codes, _ in v]),
+            "absmax_v": torch.cat([absmax for _, absmax in v]),
+            "sizes": sizes,
+            **numbers,
+        }
 
-    return Case(f"{sizes} {numbers}", make, ())
+    return Case(f"{len(sizes)} tensors, {n} elements, {numbers}", make, ())
 
 
 CASES = [
@@ -55,3 +74,25 @@ CASES = [
     _case([3, 0, 17, 256, 257], step=7, lr=1e-2, weight_decay=0.1),
     _case([16640, 5, 1025], step=1000, lr=1e-3, beta1=0.8, beta2=0.95, eps=1e-6, grad_scale=0.25),
 ]
+TRAFFIC = _case([150000, 1000], step=2, lr=1e-3, weight_decay=0.1)
+BENCHMARKS = {name: _case(sizes, step=2, lr=1e-3, weight_decay=0.1) for name, sizes in SIZES.items()}
+
+
+def of_length(n: int) -> Case:
+    return _case([n], step=n, lr=1e-3)
+
+
+def floor(p: Tensor, g: Tensor, absmax_m: Tensor, **_: Any) -> Floor:
+    """16 bytes a parameter in fp32 and 10 in bf16: 4 of them the codes; and 16 for the maxima of each block."""
+    return Floor(forward_bytes=bytes_of_parameters(p, g) + 4 * p.numel() + 16 * absmax_m.numel())
+
+
+def contenders(p: Tensor, g: Tensor, sizes: list[int], **others: Any) -> dict[str, Callable[[], Any]]:
+    states, numbers = _apart(others)
+    params, grads = cut(p, sizes), cut(g, sizes)
+    table = AdamW8bitTable(params, *_cut(states, sizes))
+    options = {"lr": numbers["lr"], "weight_decay": numbers["weight_decay"]}
+    return {
+        "leantune": lambda: table.step(grads, **numbers),
+        "torch fused, fp32 states": torch_step(params, grads, lambda ts: torch.optim.AdamW(ts, fused=True, **options)),
+    }

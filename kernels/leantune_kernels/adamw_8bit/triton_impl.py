@@ -31,9 +31,10 @@ LOWEST_CELL = tl.constexpr((127 - 23) << 7)
 
 
 @triton.jit
-def decode(row, NUMBER: tl.constexpr, book, first, offset, mask, count, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def decode(row, NUMBER: tl.constexpr, book, first, offset, mask, count, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """The moment whose codes are state NUMBER and whose maxima, `count` of them from `first` on, are the next state."""
-    codes = tl.load(typed(tl.load(row + STATES + NUMBER), tl.uint8, ALIGNED) + offset, mask, other=0)
+    zero: tl.constexpr = 127 if NUMBER == 0 else 0  # the code of 0, also for what is not there
+    codes = tl.load(typed(tl.load(row + STATES + NUMBER), tl.uint8, ALIGNED) + offset, mask, other=zero)
     blocks = tl.arange(0, BLOCK // CODES)
     absmax = typed(tl.load(row + STATES + NUMBER + 1), tl.float32, False)
     scale = tl.load(absmax + first + blocks, blocks < count, other=0.0)
@@ -42,7 +43,7 @@ def decode(row, NUMBER: tl.constexpr, book, first, offset, mask, count, BLOCK: t
 
 
 @triton.jit
-def encode(  # type: ignore[no-untyped-def]
+def encode(
     row,
     NUMBER: tl.constexpr,
     x,
@@ -76,7 +77,7 @@ def encode(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
-def adamw_8bit_kernel(  # type: ignore[no-untyped-def]
+def adamw_8bit_kernel(
     rows,
     pieces,
     books,
@@ -114,7 +115,7 @@ def adamw_8bit_kernel(  # type: ignore[no-untyped-def]
             store_value(row, p, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
-def update(table, grads, *, lr, weight_decay, beta1, beta2, eps, grad_scale, step, seed):  # type: ignore[no-untyped-def]
+def update(table, grads, *, lr, weight_decay, beta1, beta2, eps, grad_scale, step, seed):
     grid, arguments = launch(table, grads, lr, weight_decay, seed)
     if grid[0]:
         tables = code_book.tables(table.params[0].device)

@@ -14,10 +14,11 @@ import itertools
 
 import torch
 
-from leantune_kernels.checks import expect, expect_dims
+from leantune_kernels.checks import can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((6,), returns=True), "backward": Effects((9, 10, 11), returns=True)})
 
 
 def attention(
@@ -102,7 +103,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.
         raise ValueError(f"q has {heads} heads; they must be a multiple of the {k.shape[1]} heads of k and v")
     expect_dims("cu_seqlens", cu_seqlens, "sequences + 1")
     expect("cu_seqlens", cu_seqlens, (max(1, cu_seqlens.numel()),), torch.int32, q.device)
-    if cu_seqlens.device.type == "cpu":
+    if can_read(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"cu_seqlens={bounds} must start at 0, never fall and end at {tokens}, the tokens of q")

@@ -49,6 +49,17 @@ def backward(  # type: ignore[no-untyped-def]
     return dq, dk, dv
 
 
+def forward_shapes(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type: ignore[no-untyped-def]
+    o = q.new_empty(q.shape) if out is None else out
+    return o, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def backward_shapes(  # type: ignore[no-untyped-def]
+    do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None
+):
+    return tuple(x.new_empty(x.shape) if y is None else y for x, y in ((q, dq), (k, dk), (v, dv)))
+
+
 def _sequences(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
     return list(itertools.pairwise(bounds))

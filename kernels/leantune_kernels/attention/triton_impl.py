@@ -47,14 +47,11 @@ def _met(first, length, back, ahead, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _mask(
-    scores, row, key, first, start, length, before, after, unseen: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """`scores` of the rows from `first` on and the keys from `start` on, `unseen` where a row does not see a key."""
+def _mask(scores, row, key, first, start, length, before, after, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Scores of the rows from `first` on and the keys from `start` on, -inf where a row does not see a key."""
     if (start < first + ROWS - 1 - before) | (start + KEYS - 1 > first + after) | (start + KEYS > length):
         ahead = key - row
-        scores = tl.where((ahead >= -before) & (ahead <= after) & (key < length), scores, unseen)
+        scores = tl.where((ahead >= -before) & (ahead <= after) & (key < length), scores, float("-inf"))
     return scores
 
 
@@ -90,7 +87,7 @@ def _forward_kernel(
         j = key + tl.arange(0, BLOCK_N)
         k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = _mask(s, row[:, None], j[None, :], first, key, length, before, after, float("-inf"), BLOCK_M, BLOCK_N)
+        s = _mask(s, row[:, None], j[None, :], first, key, length, before, after, BLOCK_M, BLOCK_N)
         highest = tl.maximum(m, tl.max(s, 1))
         shrink = tl.exp2(m - highest)
         p = tl.exp2(s - highest[:, None])
@@ -146,8 +143,9 @@ def _query_gradient_kernel(
         j = key + tl.arange(0, BLOCK_N)
         k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
         v = _load(v_ptr, v_stride, j, length, d, dim, DOT)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
-        p = _mask(p, row[:, None], j[None, :], first, key, length, before, after, 0.0, BLOCK_M, BLOCK_N)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = _mask(s, row[:, None], j[None, :], first, key, length, before, after, BLOCK_M, BLOCK_N)
+        p = tl.exp2(s - lse[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         acc = tl.dot(ds.to(DOT), k, acc, input_precision="ieee")
     at = dq_ptr + (token + row)[:, None] * dq_stride + head * dq_head + d[None, :]
@@ -184,8 +182,9 @@ def _key_gradient_kernel(
             do = _load(do_at, do_stride, row, length, d, dim, DOT)
             lse = tl.load(lse_ptr + at + row, mask=row < length, other=0.0) / LN_2
             delta = tl.load(delta_ptr + at + row, mask=row < length, other=0.0)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
-            p = _mask(p, row[None, :], j[:, None], r, first, length, before, after, 0.0, BLOCK_M, BLOCK_N)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+            s = _mask(s, row[None, :], j[:, None], r, first, length, before, after, BLOCK_M, BLOCK_N)
+            p = tl.exp2(s - lse[None, :])
             dv = tl.dot(p.to(DOT), do, dv, input_precision="ieee")
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
@@ -195,9 +194,12 @@ def _key_gradient_kernel(
 
 
 def _tuned(kernel, *choices: tuple[int, int, int, int]):
-    """`kernel` with configurations of (BLOCK_M, BLOCK_N, warps, stages); one that does not fit is passed over."""
+    """`kernel` with configurations of (BLOCK_M, BLOCK_N, warps, stages); one that does not fit is passed over.
+
+    maxnreg: left to itself the assembler prefers spilling to fewer blocks on a multiprocessor.
+    """
     configs = [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages, maxnreg=255)
         for m, n, warps, stages in choices
     ]
     return autotune(configs, key=["dim"])(kernel)
@@ -213,12 +215,12 @@ _QUERY_GRADIENT = {
     4: _tuned(_query_gradient_kernel, (32, 16, 8, 1), (32, 16, 4, 1)),
 }
 _KEY_GRADIENT = {
-    2: _tuned(_key_gradient_kernel, (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 1)),
+    2: _tuned(_key_gradient_kernel, (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
     4: _tuned(_key_gradient_kernel, (32, 32, 8, 1), (16, 32, 4, 1)),
 }
 
 
-def _arguments(q, k, cu_seqlens, causal, window):  # type: ignore[no-untyped-def]
+def _arguments(q, k, cu_seqlens, causal, window):
     """What the three kernels take alike."""
     tokens, heads, dim = q.shape
     if dim > MOST_DIM:
@@ -243,7 +245,7 @@ def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
 
 
-def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type: ignore[no-untyped-def]
+def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):
     q, k, v, o = _rows(q), _rows(k), _rows(v), _result(out, q)
     shared = _arguments(q, k, cu_seqlens, causal, window)
     tokens, sequences = shared["tokens"], shared["sequences"]
@@ -256,9 +258,7 @@ def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type:
     return o, lse
 
 
-def backward(  # type: ignore[no-untyped-def]
-    do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None
-):
+def backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None):
     do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
     dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
     shared = _arguments(q, k, cu_seqlens, causal, window)

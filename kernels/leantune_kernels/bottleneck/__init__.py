@@ -13,8 +13,9 @@ import torch
 
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((4,)), "backward": Effects((5, 6, 7, 8, 9))})
 # With the codes of enum lt_activation in leantune_kernels.h.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "linear": 4}
 MOST_RANK = 256

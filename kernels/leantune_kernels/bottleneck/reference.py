@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
@@ -24,7 +26,8 @@ def refuses(x: torch.Tensor) -> str | None:
 
 
 def forward(x, weights, scale, activation, out):  # type: ignore[no-untyped-def]
-    out.copy_(plain(x.float(), *weights, scale, activation))
+    w = weights
+    out.copy_(plain(x.float(), w.down, w.up, w.down_bias, w.up_bias, scale, activation))
 
 
 def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_bias):  # type: ignore[no-untyped-def]

@@ -11,31 +11,22 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.bottleneck import ACTIVATIONS
+from leantune_kernels.activation.triton_impl import value_slope
 from leantune_kernels.low_rank.triton_impl import partial_gradients, product_type, reduce_partials, rows_of
 from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
 
 __all__ = ["backward", "forward", "refuses"]
 
-_SILU, _GELU, _GELU_TANH, _RELU = (tl.constexpr(ACTIVATIONS[name]) for name in ("silu", "gelu", "gelu_tanh", "relu"))
-
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
     """(act(z), act'(z))."""
-    if ACTIVATION == _RELU:
+    if ACTIVATION == "relu":  # NaN stays; the slope at 0 is 0, as in PyTorch
         value, slope = tl.where(z <= 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)
-    elif ACTIVATION == _SILU:
-        s = 1 / (1 + tl.exp(-z))
-        value, slope = z * s, s + z * s * (1 - s)
-    elif ACTIVATION == _GELU:
-        phi = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
-        value, slope = z * phi, phi + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    elif ACTIVATION == _GELU_TANH:  # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
-        s = 1 / (1 + tl.exp(-z * (1.5957691216057308 + 0.07135481627260025 * z * z)))
-        value, slope = z * s, s + z * s * (1 - s) * (1.5957691216057308 + 0.21406444881780076 * z * z)
-    else:
+    elif ACTIVATION == "linear":
         value, slope = z, tl.full(z.shape, 1.0, tl.float32)
+    else:
+        value, slope = value_slope(z, ACTIVATION)
     return value, slope
 
 
@@ -128,18 +119,18 @@ def _blocks(rank: int, halves: int) -> dict[str, int]:
     }
 
 
-def forward(x, weights, scale, activation, out):  # type: ignore[no-untyped-def]
+def forward(x, weights, scale, activation, out):
     x, (down, up, down_bias, up_bias) = rows_of(x), weights
     blocks = _blocks(down.shape[0], 1)
     if x.numel():
         _forward_kernel[(ceil_div(x.shape[0], blocks["BLOCK_T"]),)](
             x_ptr=x, down_ptr=down, down_bias_ptr=down_bias, up_ptr=up, up_bias_ptr=up_bias, y_ptr=out,
             rows=x.shape[0], x_stride=x.stride(0), y_stride=out.stride(0), scale=scale, H=x.shape[1],
-            R=down.shape[0], ACTIVATION=ACTIVATIONS[activation], DOT=product_type(x.dtype), **blocks,
+            R=down.shape[0], ACTIVATION=activation, DOT=product_type(x.dtype), **blocks,
         )  # fmt: skip
 
 
-def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_bias):  # type: ignore[no-untyped-def]
+def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_bias):
     dy, x, (down, up, down_bias, _) = rows_of(dy), rows_of(x), weights
     (rows, H), R = x.shape, down.shape[0]
     blocks = _blocks(R, 2)
@@ -151,14 +142,14 @@ def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_
         _backward_kernel[(count,)](
             dy_ptr=dy, x_ptr=x, down_ptr=down, down_bias_ptr=down_bias, up_ptr=up, dx_ptr=dx, h_ptr=h, dz_ptr=dz,
             dz_sum_ptr=dz_sums, dy_sum_ptr=dy_sums, rows=rows, dy_stride=dy.stride(0), x_stride=x.stride(0),
-            dx_stride=0 if dx is None else dx.stride(0), scale=scale, H=H, R=R, ACTIVATION=ACTIVATIONS[activation],
+            dx_stride=0 if dx is None else dx.stride(0), scale=scale, H=H, R=R, ACTIVATION=activation,
             DOT=product_type(x.dtype), **blocks,
         )  # fmt: skip
     if ddown is not None:
         reduce_partials(partial_gradients(dz, x), 1.0, ddown)
     if dup is not None:
         reduce_partials(partial_gradients(h, dy), scale, dup.t())
-    if ddown_bias is not None:
+    if dz_sums is not None:
         reduce_partials(dz_sums, 1.0, ddown_bias[None])
-    if dup_bias is not None:
+    if dy_sums is not None:
         reduce_partials(dy_sums, scale, dup_bias[None])

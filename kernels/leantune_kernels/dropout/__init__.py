@@ -11,8 +11,9 @@ import torch
 
 from leantune_kernels.checks import expect
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((5,), returns=True)})
 
 
 def dropout(x: torch.Tensor, p: float, seed: int, offset: int) -> torch.Tensor:

@@ -8,13 +8,19 @@ Shapes: T tokens, V rows of the table (vocabulary), H columns. ids [T] int64, we
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from leantune_kernels.checks import FLOATS, expect, expect_dims
+from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((3,)), "backward": Effects((2,))})
+
+LAZY_BYTES = 1 << 20
 
 
 def embedding(
@@ -78,7 +84,7 @@ def backward(
 
 def check_ids(ids: torch.Tensor, vocabulary: int) -> None:
     """ValueError that names the first id outside the table; ids on a device are not read back."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
+    if not can_read(ids) or ids.numel() == 0:
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= vocabulary:
@@ -89,6 +95,18 @@ def check_ids(ids: torch.Tensor, vocabulary: int) -> None:
 def _check_padding(padding_idx: int | None, vocabulary: int) -> None:
     if padding_idx is not None and not 0 <= padding_idx < vocabulary:
         raise ValueError(f"padding_idx={padding_idx} is not a row of weight, [0, {vocabulary}); None for no padding")
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; large ones on the cpu are pages that the system gives when they are first written to.
+
+    A batch names few rows of a table: filling all the others would take many times as long as their gradient.
+    """
+    bytes_needed = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or bytes_needed < LAZY_BYTES:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, bytes_needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class _Embedding(torch.autograd.Function):
@@ -107,5 +125,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         shape, dtype = ctx.table
-        dweight = torch.empty(shape, dtype=dtype, device=dy.device)
-        return backward(dy.reshape(ids.shape[0], shape[1]), ids, dweight, *ctx.options), None, None, None, None
+        dweight = _zeros(shape, dtype, dy.device)
+        dy = dy.reshape(ids.shape[0], shape[1])
+        scale, padding_idx = ctx.options
+        dweight = backward(dy, ids, dweight, scale, padding_idx, accumulate=True)
+        return dweight, None, None, None, None

@@ -13,8 +13,9 @@ import torch
 
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"backward_": Effects((2, 3), returns=True)})
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
@@ -86,7 +87,7 @@ def _check(x: torch.Tensor, weights: Weights, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not known; use {', '.join(ACTIVATIONS)}")
     wide, size = weights.gate.shape[0], x.shape[1]
-    shapes = {"gate": (wide, size), "up": (wide, size), "down": (size, wide)}
+    shapes: dict[str, tuple[int, ...]] = {"gate": (wide, size), "up": (wide, size), "down": (size, wide)}
     shapes |= {"gate_bias": (wide,), "up_bias": (wide,), "down_bias": (size,)}
     for (name, shape), value in zip(shapes.items(), weights, strict=True):
         if value is not None:
@@ -110,5 +111,6 @@ class _GatedMLP(torch.autograd.Function):
         if kept is None:  # a second backward pass: the first one overwrote them
             kept = forward(x, weights, ctx.activation)[1:]
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        dx, *rest = backward_(dy.reshape(x.shape), x, *kept, weights, ctx.activation, needs)
+        gate, up = kept
+        dx, *rest = backward_(dy.reshape(x.shape), x, gate, up, weights, ctx.activation, needs)
         return None if dx is None else dx.view(dy.shape), None, *rest

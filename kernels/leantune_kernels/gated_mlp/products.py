@@ -20,6 +20,7 @@ def forward(glu: ModuleType, x, weights, activation):  # type: ignore[no-untyped
 def backward_(glu: ModuleType, dy, x, gate, up, weights, activation, needs):  # type: ignore[no-untyped-def]
     """The three widest tensors exist once: (dh, gate, up) becomes (h, d_gate, d_up) in place."""
     need_x, need_gate, need_up, need_down, *need_biases = needs
+    h: torch.Tensor | None
     if need_x or need_gate or need_up or need_biases[0] or need_biases[1]:
         h = torch.mm(dy, weights.down)
         glu.backward_(h, gate, up, activation)
@@ -30,6 +31,6 @@ def backward_(glu: ModuleType, dy, x, gate, up, weights, activation, needs):  # 
         dx,
         torch.mm(gate.t(), x) if need_gate else None,
         torch.mm(up.t(), x) if need_up else None,
-        torch.mm(dy.t(), h) if need_down else None,
+        torch.mm(dy.t(), h) if need_down and h is not None else None,
         *(value.sum(0) if needed else None for value, needed in zip((gate, up, dy), need_biases, strict=True)),
     )

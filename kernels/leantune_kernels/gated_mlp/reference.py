@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
@@ -12,8 +14,12 @@ from leantune_kernels.glu import reference as glu
 def plain(  # type: ignore[no-untyped-def]
     x, gate_weight, up_weight, down_weight, gate_bias=None, up_bias=None, down_bias=None, activation="silu"
 ):
-    act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}[activation]
-    h = act(F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
+    activations: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    }
+    h = activations[activation](F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
     return F.linear(h, down_weight, down_bias)
 
 

@@ -11,8 +11,9 @@ import torch
 from leantune_kernels.activation import as_rows, check_activation, gelu_name
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((2,), returns=True), "backward_": Effects((0, 1, 2))})
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ import torch
 
 from leantune_kernels.checks import FLOATS
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"scale": Effects((0,))})
 
 
 def grad_norm(grads: Iterable[torch.Tensor | None]) -> float:

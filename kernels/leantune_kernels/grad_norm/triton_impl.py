@@ -24,7 +24,7 @@ __all__ = ["refuses", "scale", "sum_of_squares"]
 
 
 @triton.jit
-def sum_of_squares_kernel(rows, pieces, sums, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_of_squares_kernel(rows, pieces, sums, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     row, _, begin, left = locate(rows, pieces)
     grad = tl.load(row + GRAD)
     total = tl.zeros([BLOCK], tl.float32)
@@ -38,7 +38,7 @@ def sum_of_squares_kernel(rows, pieces, sums, BLOCK: tl.constexpr, ALIGNED: tl.c
 
 
 @triton.jit(do_not_specialize=["count"])
-def add_sums_kernel(sums, result, count: tl.int64, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def add_sums_kernel(sums, result, count: tl.int64, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         number = start + tl.arange(0, BLOCK)
@@ -47,7 +47,7 @@ def add_sums_kernel(sums, result, count: tl.int64, BLOCK: tl.constexpr):  # type
 
 
 @triton.jit
-def scale_kernel(rows, pieces, factor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def scale_kernel(rows, pieces, factor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     by = tl.load(factor)
     if by == 1.0:
         return

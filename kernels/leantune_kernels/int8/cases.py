@@ -38,7 +38,7 @@ CASES = [
     _case(0, 8, 5),
     _case(2, 131, 67),
     _case(3, 5, 3, bias=False),
-    _case(FUSED_ROWS - 1, 576, 20),
+    _case(FUSED_ROWS - 1, 544, 20),
     _case(FUSED_ROWS, 48, 18, bias=False),
     _case(FUSED_ROWS + 1, 192, 18),
 ]

@@ -10,9 +10,10 @@ import torch
 
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 from leantune_kernels.rms_norm import check_sum
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"forward": Effects((4, 6), returns=True), "backward": Effects((6,), returns=True)})
 
 
 def layer_norm(

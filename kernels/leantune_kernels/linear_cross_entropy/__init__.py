@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.linear_cross_entropy import chunked
-from leantune_kernels.linear_cross_entropy.chunked import OP, LossAndGradients, Settings
+from leantune_kernels.linear_cross_entropy.chunked import OP, LossAndGradients, Settings, per_row, reduced
 from leantune_kernels.linear_cross_entropy.targets import Labels, SoftLabels, Teacher
 
-__all__ = ["OP", "LossAndGradients", "forward", "linear_cross_entropy", "linear_distillation"]
+__all__ = ["OP", "LossAndGradients", "forward", "linear_cross_entropy", "linear_distillation", "per_row", "reduced"]
 
 
 def linear_cross_entropy(

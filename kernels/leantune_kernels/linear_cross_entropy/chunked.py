@@ -6,16 +6,17 @@ the products.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from leantune_kernels.checks import FLOATS, expect, expect_dims
+from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.linear_cross_entropy.targets import Labels, SoftLabels
 
@@ -167,23 +168,44 @@ class Head:
         return out
 
 
+def reduced(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, settings, mean, needs
+):
+    """The sum or mean of the losses, and its gradients in `needs`."""
+    scale = 1.0 / max(1, int(settings.against.counted(hidden.shape[0]).sum())) if mean else 1.0
+    result, _ = run(hidden, weight, bias, settings, scale, None, needs)
+    return result.loss_sum * scale, result.dhidden, result.dweight, result.dbias
+
+
+def per_row(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, settings, row_scale, needs
+):
+    """The losses [N], and the gradients in `needs` of their sum weighted by `row_scale`."""
+    result, losses = run(hidden, weight, bias, settings, 1.0, row_scale, needs)
+    return losses.float(), result.dhidden, result.dweight, result.dbias
+
+
+def _whole(hidden: torch.Tensor) -> Any:
+    """The two functions above; in a graph, where the loop's number of rounds is not known, as one operator each."""
+    return OP.pick(hidden) if torch.compiler.is_compiling() else sys.modules[__name__]
+
+
 class _Reduced(torch.autograd.Function):
     """Sum or mean: the forward pass leaves finished gradients, the backward pass scales them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, settings, mean):  # type: ignore[no-untyped-def]
-        scale = 1.0 / max(1, int(settings.against.counted(hidden.shape[0]).sum())) if mean else 1.0
-        result, _ = run(hidden, weight, bias, settings, scale, None, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(result.dhidden, result.dweight, result.dbias)
+        loss, *grads = _whole(hidden).reduced(hidden, weight, bias, settings, mean, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*grads)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        return result.loss_sum * scale
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         # The saved gradients stay as they are: a graph that is kept may ask for them again. On a device the upstream
         # gradient is not read back, which would wait for all that was launched before.
-        one = upstream.device.type == "cpu" and float(upstream) == 1.0
+        one = can_read(upstream) and float(upstream) == 1.0
         grads = (g if g is None or one else g * upstream for g in ctx.saved_tensors)
         cast = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return (*cast, None, None)
@@ -196,14 +218,13 @@ class _PerRow(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, settings, mean):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(hidden, weight, bias)
         ctx.settings = settings
-        return run(hidden, weight, bias, settings, 1.0, None, (False, False, False))[1].float()
+        return _whole(hidden).per_row(hidden, weight, bias, settings, None, (False, False, False))[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         hidden, weight, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        result, _ = run(hidden, weight, bias, ctx.settings, 1.0, upstream.float().contiguous(), needs)
-        grads = (result.dhidden, result.dweight, result.dbias)
+        scale, needs = upstream.float().contiguous(), ctx.needs_input_grad[:3]
+        _, *grads = _whole(hidden).per_row(hidden, weight, bias, ctx.settings, scale, needs)
         cast = (None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True))
         return (*cast, None, None)

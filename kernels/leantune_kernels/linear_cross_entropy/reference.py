@@ -95,3 +95,22 @@ def distillation_rows(  # type: ignore[no-untyped-def]
     if need_gradient:
         logits.copy_(gradient.mul_(scale if row_scale is None else scale * row_scale[:, None]))
     return losses.double()
+
+
+def reduced_shapes(hidden, weight, bias, settings, mean, needs):  # type: ignore[no-untyped-def]
+    """What chunked.reduced returns, for graphs."""
+    return hidden.new_empty((), dtype=torch.float32), *_gradient_shapes(hidden, weight, needs)
+
+
+def per_row_shapes(hidden, weight, bias, settings, row_scale, needs):  # type: ignore[no-untyped-def]
+    """What chunked.per_row returns, for graphs."""
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), *_gradient_shapes(hidden, weight, needs)
+
+
+def _gradient_shapes(hidden, weight, needs):  # type: ignore[no-untyped-def]
+    places = (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape, dtype=torch.float32),
+        weight.new_empty(weight.shape[0], dtype=torch.float32),
+    )
+    return tuple(place if needed else None for place, needed in zip(places, needs, strict=True))

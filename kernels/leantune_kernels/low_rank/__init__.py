@@ -15,8 +15,18 @@ import torch
 from leantune_kernels import dropout as _dropout
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(
+    __name__,
+    effects={
+        "merge": Effects((4,)),
+        "gradients_group": Effects((2,)),
+        "add_": Effects((0,)),
+        "linear_group": Effects((3,)),
+        "input_gradient_group": Effects((0,)),
+    },
+)
 MOST_LAYERS = 16
 
 
@@ -202,7 +212,8 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x, scales, key, *tensors):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         flat = x.reshape(-1, x.shape[-1])
-        layers = [LoRALayer(*tensors[4 * i : 4 * i + 4], scale) for i, scale in enumerate(scales)]
+        of_layer = zip(tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4], scales, strict=True)
+        layers = [LoRALayer(*parts) for parts in of_layer]
         outs = [flat.new_empty(flat.shape[0], layer.weight.shape[0]) for layer in layers]
         source = flat if key is None else _dropout.forward(flat, *key)
         projected = OP.pick(x).linear_group(flat, source, layers, outs)
@@ -220,8 +231,8 @@ class _LoRALinear(torch.autograd.Function):
         if not used:
             return tuple(grads)
         shape = (*dys[used[0]].shape[:-1], x.shape[1])
-        dys = [dys[i].reshape(-1, dys[i].shape[-1]) for i in used]
-        layers = [LoRALayer(saved[3 * i], None, *saved[3 * i + 1 : 3 * i + 3], ctx.scales[i]) for i in used]
+        dys = tuple(dys[i].reshape(-1, dys[i].shape[-1]) for i in used)
+        layers = [LoRALayer(saved[3 * i], None, saved[3 * i + 1], saved[3 * i + 2], ctx.scales[i]) for i in used]
         S = [saved[3 * count + i] for i in used] if len(saved) > 3 * count else None
         dS = None
         if needs[0]:
@@ -254,5 +265,6 @@ def _input_gradient(dys, layers, key):  # type: ignore[no-untyped-def]
         return dx, OP.pick(dx).input_gradient_group(dx, dys, layers)
     (dy,), (layer,) = dys, layers
     input_gradient_(dx.zero_(), dy, layer.A, layer.B, layer.scale)
-    _dropout.forward(dx, *key, out=dx)
+    p, seed, offset = key
+    _dropout.forward(dx, p, seed, offset, out=dx)
     return dx.addmm_(dy, layer.weight), None

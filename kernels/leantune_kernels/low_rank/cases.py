@@ -8,9 +8,11 @@ import torch
 
 from leantune_kernels.low_rank import LoRALayer, lora_linear, lora_linear_group
 from leantune_kernels.low_rank.reference import plain as plain_linear
-from leantune_kernels.testing import Case, Inputs, normal
+from leantune_kernels.testing import Case, Floor, Inputs, normal
 
-__all__ = ["CASES", "function", "plain"]
+__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "PEERS", "TRAFFIC", "floor", "function", "of_length", "plain"]
+
+MEMORY_BOUND = False  # the dense product of the frozen weight is most of it
 
 
 def function(x: torch.Tensor, **given: Any) -> torch.Tensor:
@@ -75,3 +77,32 @@ CASES = [
     _case(61, 100, 130, 65, bias=False),
     _group(37, 64, (72, 16, True), (24, 3, False), (24, 8, True)),
 ]
+TRAFFIC = _case(130, 160, 192, 16, bias=False)
+
+
+def of_length(n: int) -> Case:
+    return _case(n, 64, 48, 8)
+
+
+BENCHMARKS = {
+    "SmolLM2-135M, rank 16": _case(1600, 576, 576, 16, bias=False),
+    "SmolLM2-135M, gate and up, rank 16": _group(1600, 576, (1536, 16, False), (1536, 16, False)),
+    "Llama 7B, rank 64": _case(2048, 4096, 4096, 64, bias=False),
+}
+PEERS = {"torch": plain}
+
+
+def floor(x: torch.Tensor, **given: Any) -> Floor:
+    """x, weights and factors to y; x, dy and weights to dx and all gradients, once each."""
+    layers, b = [given] if "weight" in given else _layers(given), x.element_size()
+    rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
+    outputs = sum(layer["weight"].shape[0] for layer in layers)
+    factors = sum(layer["A"].numel() + layer["B"].numel() for layer in layers)
+    dense, low = 2 * rows * inputs * outputs, 2 * rows * factors
+    matrices, weights = b * rows * (inputs + outputs), b * inputs * outputs
+    return Floor(
+        forward_bytes=matrices + weights + 4 * factors,
+        backward_bytes=matrices + b * rows * inputs + 2 * weights + 8 * factors,
+        forward_flop=dense + low,
+        backward_flop=2 * (dense + low),
+    )

@@ -242,7 +242,7 @@ def reduce_partials(partials: torch.Tensor, scale: float, out: torch.Tensor, acc
         )  # fmt: skip
 
 
-def merge(weight, A, B, scale, out):  # type: ignore[no-untyped-def]
+def merge(weight, A, B, scale, out):
     weight, A, B = rows_of(weight), rows_of(A), rows_of(B)
     (N, K), R = weight.shape, A.shape[0]
     if out.numel():
@@ -253,17 +253,17 @@ def merge(weight, A, B, scale, out):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def linear(x, layer, S, out):  # type: ignore[no-untyped-def]
+def linear(x, layer, S, out):
     bias = None if layer.bias is None else layer.bias.contiguous()
     product(x, layer.weight.t(), bias, S, layer.B.t(), layer.scale, out, accumulate=False)
 
 
-def input_gradient(dx, dys, layers, dS):  # type: ignore[no-untyped-def]
+def input_gradient(dx, dys, layers, dS):
     for i, (dy, layer, part) in enumerate(zip(dys, layers, dS, strict=True)):
         product(dy, layer.weight, None, part, layer.A, layer.scale, dx, accumulate=i > 0)
 
 
-def add_(y, x, P, Q, scale):  # type: ignore[no-untyped-def]
+def add_(y, x, P, Q, scale):
     product(None, None, None, project(x, P), Q, scale, y, accumulate=True)
 
 

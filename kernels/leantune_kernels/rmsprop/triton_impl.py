@@ -27,7 +27,7 @@ __all__ = ["refuses", "update"]
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
-def rmsprop_kernel(  # type: ignore[no-untyped-def]
+def rmsprop_kernel(
     rows,
     pieces,
     alpha,
@@ -69,7 +69,7 @@ def rmsprop_kernel(  # type: ignore[no-untyped-def]
             store_value(row, p - lr * d, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
-def update(table, grads, *, lr, weight_decay, alpha, eps, momentum, grad_scale, step, seed):  # type: ignore[no-untyped-def]
+def update(table, grads, *, lr, weight_decay, alpha, eps, momentum, grad_scale, step, seed):
     grid, arguments = launch(table, grads, lr, weight_decay, seed)
     if grid[0]:
         rmsprop_kernel[grid](

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.checks import expect
+from leantune_kernels.checks import can_read, expect
 from leantune_kernels.dispatch import Op
+from leantune_kernels.graph import Effects
 
-OP = Op(__name__)
+OP = Op(__name__, effects={"apply_": Effects((0, 1))})
 
 
 def rope(
@@ -78,7 +79,7 @@ def _check(
     for name, table in (("cos", cos), ("sin", sin)):
         expect(name, table, cos.shape, torch.float32, x.device)
     expect("positions", positions, x.shape[:1], torch.int64, x.device)
-    if positions.numel() and positions.device.type == "cpu":
+    if positions.numel() and can_read(positions):
         low, high = (int(v) for v in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(

@@ -27,7 +27,7 @@ __all__ = ["refuses", "update"]
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
-def sgd_kernel(  # type: ignore[no-untyped-def]
+def sgd_kernel(
     rows,
     pieces,
     momentum,
@@ -64,7 +64,7 @@ def sgd_kernel(  # type: ignore[no-untyped-def]
             store_value(row, p - lr * g, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
-def update(table, grads, *, lr, weight_decay, momentum, dampening, nesterov, grad_scale, step, seed):  # type: ignore[no-untyped-def]
+def update(table, grads, *, lr, weight_decay, momentum, dampening, nesterov, grad_scale, step, seed):
     grid, arguments = launch(table, grads, lr, weight_decay, seed)
     if grid[0]:
         sgd_kernel[grid](
