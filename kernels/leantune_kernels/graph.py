@@ -231,7 +231,8 @@ NOTHING, NEW, ALIAS = 0, 1, 2
 
 def _encoded(result: Any, copies: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     several, parts = isinstance(result, (tuple, list)), _parts(result)
-    kinds, new = [], []
+    kinds: list[int] = []
+    new: list[torch.Tensor] = []
     for part in parts:
         which = [i for i, copied in enumerate(copies) if part is copied]
         kinds.append(NOTHING if part is None else ALIAS + which[0] if which else NEW)
