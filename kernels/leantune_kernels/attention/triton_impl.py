@@ -215,8 +215,8 @@ _QUERY_GRADIENT = {
     4: _tuned(_query_gradient_kernel, (32, 16, 8, 1), (32, 16, 4, 1)),
 }
 _KEY_GRADIENT = {
-    2: _tuned(_key_gradient_kernel, (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
-    4: _tuned(_key_gradient_kernel, (32, 32, 8, 1), (16, 32, 4, 1)),
+    2: _tuned(_key_gradient_kernel, (32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 4, 1)),
+    4: _tuned(_key_gradient_kernel, (16, 32, 8, 1), (16, 32, 4, 1)),
 }
 
 
