@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::kThreads)
     l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
     store_tile<T, D, kColumns>(sums, 1.0f / l[0], 1.0f / l[1], q_tile + part.row * pitch, o.at(own.token, head),
                                o.stride, own.first + part.row, own.length, part.column, p.dim, aligned);
-    if (threadIdx.x % 4 == 0)
+    if (threadIdx.x % 4 == 0 && part.column == 0)
         for (int half = 0; half < 2; ++half)
             if (row + 8 * half < own.length)
                 lse[head * p.tokens + own.token + row + 8 * half] = (m[half] + log2f(l[half])) * kLn2;

@@ -3,6 +3,7 @@
 The CUDA kernels run in the emulator of tests/cuda_host, the Triton kernels in Triton's interpreter.
 """
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -230,6 +231,27 @@ def test_large_scores_neither_overflow_nor_become_nan(scale):
         assert testing.error(value, exact) <= torch.finfo(torch.float32).eps * (largest + 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("lengths", "dim", "causal", "window"), [([70, 3], 256, True, None), ([40], 160, False, 9)])
+def test_wide_heads(lengths, dim, causal, window, dtype, implementation):
+    """On CUDA warps share the columns of such heads; the emulator looks for races."""
+    tokens = sum(lengths)
+    case = testing.Case(
+        f"{lengths} dim {dim}",
+        lambda g, dtype: {
+            "q": testing.normal(g, tokens, 2, dim, dtype=dtype),
+            "k": testing.normal(g, tokens, 1, dim, dtype=dtype),
+            "v": testing.normal(g, tokens, 1, dim, dtype=dtype),
+            "cu_seqlens": cumulative(lengths),
+            "causal": causal,
+            "window": window,
+        },
+        ("q", "k", "v"),
+    )
+    with host.kernels("traced") if implementation == "cuda" else nullcontext():
+        testing.accept(case, dtype, ops.attention, plain)
+
+
 def test_lse_is_the_logarithm_of_the_denominator():
     q, k, v = (torch.randn(9, 1, 4) for _ in range(3))
     _, lse = ops.forward(q, k, v, cumulative([9]), 0.5, False)
@@ -268,6 +290,14 @@ def test_bounds_that_do_not_rise_from_zero_to_the_number_of_tokens(bounds):
     x = torch.randn(6, 2, 8)
     with pytest.raises(ValueError, match="cu_seqlens"):
         ops.attention(x, x, x, torch.tensor(bounds, dtype=torch.int32))
+
+
+def test_a_head_too_wide_for_a_device(implementation):
+    if implementation not in ("cuda", "triton"):
+        pytest.skip("any head_dim fits")
+    x = torch.randn(6, 1, 264)
+    with pytest.raises(ValueError, match="head_dim=264 exceeds 256"):
+        ops.attention(x, x, x, cumulative([6]))
 
 
 def test_arguments_that_do_not_fit():
