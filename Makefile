@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODEL := runs/models/smollm2-135m-instruct
 NATIVE := $(shell find csrc -type f) setup.py
 PY := engine kernels tests benchmarks examples setup.py
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cuda_host examples -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: setup demo test check model format wheel clean
 
@@ -15,7 +15,7 @@ setup: .venv/.built
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo 'setting up .venv; this takes a minute or two, once'
+	@echo 'setting up .venv; this takes a few minutes, once (some more where nvcc is found)'
 	$(PIP) install -q -c constraints.txt 'setuptools>=77' wheel 'pybind11>=2.12' torch
 	@touch $@
 

@@ -94,6 +94,8 @@ class BuildKernels(build_ext):
         if nvcc is None or os.environ.get("LEANTUNE_CUDA") == "0":
             reason = "LEANTUNE_CUDA=0" if nvcc else "nvcc was not found; set NVCC or PATH to build them"
             self.announce(f"leantune: CUDA kernels left out ({reason}); the C++ kernels are complete without them", 4)
+            for stale in (output, ROOT / "kernels" / "leantune_kernels" / output.name):
+                stale.unlink(missing_ok=True)  # an earlier build's: its functions may not be those of the header
             return
         jobs = []
         for source in sorted(CSRC.glob("*/cuda.cu")):

@@ -162,7 +162,6 @@ def liger_peers() -> dict[str, dict[str, Callable[..., Any]]]:
 
     return {
         "rms_norm": {"liger": lambda x, weight, eps: liger.liger_rms_norm(x, weight, eps)},
-        "glu": {"liger": lambda gate, up, **_: liger.liger_swiglu(gate, up)},
         "linear_cross_entropy": {
             "liger": lambda hidden, weight, targets, **_: liger.liger_fused_linear_cross_entropy(
                 hidden, weight, targets

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kSpan) activation_forward_kernel(int activatio
             for (int i = 0; i < N; ++i)
                 narrow(act(widen(v[i])).value, &v[i]);
         });
-        store_vec(y + row * y_stride + col, v);
+        store_global(y + row * y_stride + col, v);
     });
 }
 
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kSpan)
             for (int i = 0; i < N; ++i)
                 narrow(widen(d[i]) * act(widen(v[i])).slope, &d[i]);
         });
-        store_vec(dx + row * dx_stride + col, d);
+        store_global(dx + row * dx_stride + col, d);
     });
 }
 

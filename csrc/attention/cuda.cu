@@ -179,19 +179,25 @@ constexpr int kDeltaThreads = 256, kDeltaLanes = 8; // lanes for one row
 // delta [heads, tokens] = sum_d grad * o, what the softmax's gradient takes off every dp of a row.
 // budget: 64 registers, 0 shared
 // claims: LDG.E.128
-template <class T, int V>
+template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(kDeltaThreads)
     attention_delta_kernel(Problem p, View<const T> grad, View<const T> o, float *delta) {
+    constexpr int V = kVector<T>;
     const int64_t item = ((int64_t)blockIdx.x * kDeltaThreads + threadIdx.x) / kDeltaLanes;
     const int64_t token = item / p.heads, head = item % p.heads;
     float sum = 0;
-    if (token < p.tokens)
-        for (int d = threadIdx.x % kDeltaLanes * V; d < p.dim; d += kDeltaLanes * V) {
-            const auto a = load_vec<V>(grad.at(token, head) + d), b = load_vec<V>(o.at(token, head) + d);
+    if (token < p.tokens) {
+        const T *a = grad.at(token, head), *b = o.at(token, head);
+        for (int d = threadIdx.x % kDeltaLanes * V; d < p.dim; d += kDeltaLanes * V)
+            if constexpr (ALIGNED) {
+                const auto x = load_vec<V>(a + d), y = load_vec<V>(b + d);
 #pragma unroll
-            for (int i = 0; i < V; ++i)
-                sum += widen(a[i]) * widen(b[i]);
-        }
+                for (int i = 0; i < V; ++i)
+                    sum = fmaf(widen(x[i]), widen(y[i]), sum);
+            } else // the same elements in the same order, so that the result has the same bits
+                for (int i = d; i < min(d + V, p.dim); ++i)
+                    sum = fmaf(widen(a[i]), widen(b[i]), sum);
+    }
     sum = quad_sum(sum);
     sum += __shfl_xor_sync(kAllLanes, sum, 4);
     if (token < p.tokens && threadIdx.x % kDeltaLanes == 0)
@@ -441,7 +447,7 @@ extern "C" LT_API int lt_cuda_attention_backward(
             whole_vectors<T>(dq, dq_stride, dq_head, head_dim) && whole_vectors<T>(dk, dk_stride, dk_head, head_dim) &&
             whole_vectors<T>(dv, dv_stride, dv_head, head_dim);
         const bool vectors = grad_aligned && whole_vectors<T>(o, o_stride, o_head, head_dim);
-        const auto delta_kernel = vectors ? attention_delta_kernel<T, kVector<T>> : attention_delta_kernel<T, 1>;
+        const auto delta_kernel = vectors ? attention_delta_kernel<T, true> : attention_delta_kernel<T, false>;
         const int64_t blocks = ceil_div(tokens * heads * kDeltaLanes, kDeltaThreads);
         if (int status = launch(delta_kernel, (unsigned)blocks, kDeltaThreads, 0, stream, p, grad_, o_, delta))
             return status;

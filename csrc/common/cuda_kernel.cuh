@@ -172,6 +172,24 @@ template <class T, int N> __device__ inline void store_vec(T *p, const Vec<T, N>
     }
 }
 
+// store_vec to global memory by name: where values come out of several branches, nvcc splits a 16-byte store otherwise.
+template <int N, class T> __device__ inline void store_global(T *p, const Vec<T, N> &value) {
+#if !defined(LT_CUDA_HOST)
+    if constexpr (sizeof(typename Vec<T, N>::word) == 16) {
+#pragma unroll
+        for (int i = 0; i < Vec<T, N>::kWords; ++i) {
+            uint4 w;
+            memcpy(&w, (const char *)&value + 16 * i, 16);
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global((char *)p + 16 * i)),
+                         "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+                         : "memory");
+        }
+        return;
+    }
+#endif
+    store_vec(p, value);
+}
+
 // ---- reductions -----------------------------------------------------------------------------------------------------
 
 // In a fixed order (a tree within each warp, then one over the warps); every thread gets the result. A warp's functions

@@ -242,23 +242,6 @@ template <int V, class T> __device__ inline Vec<float, V> load_values(const T *p
     return result;
 }
 
-// store_vec to global memory by name: where values come from several branches, the compiler splits a 16-byte store.
-template <int N, class T> __device__ inline void store_global(T *p, const Vec<T, N> &value) {
-#if defined(LT_CUDA_HOST)
-    store_vec(p, value);
-#else
-    static_assert(sizeof value % 16 == 0, "whole accesses of 16 bytes");
-#pragma unroll
-    for (int i = 0; i < (int)sizeof value / 16; ++i) {
-        uint4 w;
-        memcpy(&w, (const char *)&value + 16 * i, 16);
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global((char *)p + 16 * i)),
-                     "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
-                     : "memory");
-    }
-#endif
-}
-
 template <int V, class T>
 __device__ inline void store_values(T *p, const Vec<float, V> &values, int64_t left, bool vector) {
     if (vector && left >= V) {

@@ -28,6 +28,25 @@ template <class F> LT_INLINE float sum_over(int64_t cols, F f) {
     return sum(a + b) + total;
 }
 
+// Two sums over a row in one pass: f(h, kind, a, b) adds to a and b, which have the kind's type.
+struct two_sums {
+    float a, b;
+};
+template <class F> LT_INLINE two_sums two_sums_over(int64_t cols, F f) {
+    vf a = {}, b = {}, c = {}, d = {};
+    int64_t h = 0;
+    for (; h + 2 * W <= cols; h += 2 * W) {
+        f(h, vf{}, a, b);
+        f(h + W, vf{}, c, d);
+    }
+    for (; h + W <= cols; h += W)
+        f(h, vf{}, a, b);
+    float a_rest = 0, b_rest = 0;
+    for (; h < cols; ++h)
+        f(h, float{}, a_rest, b_rest);
+    return {sum(a + c) + a_rest, sum(b + d) + b_rest};
+}
+
 // f(h, vf{}) for the whole vectors of a row, f(h, float{}) for the rest.
 template <class F> LT_INLINE void for_row(int64_t cols, F f) {
     int64_t h = 0;

@@ -1,5 +1,6 @@
 // Stores past the caches, for outputs too large to be found there again: a line that is written whole is then not read
-// from memory first, which is a third of the traffic of a copy.
+// from memory first, which is a third of the traffic of a copy. Not for memory fresh from the system: that lies in the
+// caches already, as the system has just cleared it.
 #pragma once
 
 #include "kernel.h"

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kSpan)
             for (int i = 0; i < N; ++i)
                 narrow(act(widen(g[i])).value * widen(u[i]), &g[i]);
         });
-        store_vec(h + row * h_stride + col, g);
+        store_global(h + row * h_stride + col, g);
     });
 }
 
@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(kSpan)
             }
         });
         if (h)
-            store_vec(h + row * h_stride + col, d);
-        store_vec(d_gate + row * d_gate_stride + col, g);
-        store_vec(d_up + row * d_up_stride + col, u);
+            store_global(h + row * h_stride + col, d);
+        store_global(d_gate + row * d_gate_stride + col, g);
+        store_global(d_up + row * d_up_stride + col, u);
     });
 }
 

@@ -445,14 +445,16 @@ LT_API int lt_cuda_bottleneck_backward(int dtype, const void *dy, int64_t dy_str
  * an infinity NaN.
  * quantise_absmax: absmax - offset in 8 bits of the signed dynamic code book, a scale for each 256 blocks. Readers take
  * absmax, or where it is null absmax_codes [ceil(size / 64)], absmax_scales [ceil(size / 16384)] and absmax_offset [1].
+ * dequantise: `reused` says that out is memory written before; a large one is then stored past the caches, which is
+ * faster, but slower for pages that the system hands out, and so clears, at the first touch.
  * linear: y [rows, outputs] = x [rows, inputs] W^T + bias (null: none) for few rows; inputs is a multiple of 64.
  */
 LT_API int lt_nf4_quantise(int dtype, const void *weight, uint8_t *codes, float *absmax, int64_t size);
 LT_API int lt_nf4_quantise_absmax(const float *absmax, const float *offset, uint8_t *codes, float *scales,
                                   int64_t blocks);
 LT_API int lt_nf4_dequantise(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
-                             const float *absmax_scales, const float *absmax_offset, int dtype, void *out,
-                             int64_t size);
+                             const float *absmax_scales, const float *absmax_offset, int dtype, void *out, int64_t size,
+                             int reused);
 LT_API int lt_nf4_linear(int dtype, const void *x, int64_t x_stride, const uint8_t *codes, const float *absmax,
                          const uint8_t *absmax_codes, const float *absmax_scales, const float *absmax_offset,
                          const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
@@ -471,13 +473,14 @@ LT_API int lt_cuda_nf4_linear(int dtype, const void *x, int64_t x_stride, const 
 
 /* ---- int8 weights and activations ---------------------------------------------------------------------------------
  * Row by row: scales [rows] = absmax / 127, codes [rows, cols] (dense) = x * (127 / absmax) rounded to the nearest,
- * ties to even. A row below 2^-119 becomes zeros; one with a NaN or an infinity has codes 0 and the scale NaN. linear:
- * y [rows, outputs] = x [rows, inputs] W^T + bias (null: none) for few rows.
+ * ties to even. A row below 2^-119 becomes zeros; one with a NaN or an infinity has codes 0 and the scale NaN.
+ * dequantise: `reused` as in nf4_dequantise.
+ * linear: y [rows, outputs] = x [rows, inputs] W^T + bias (null: none) for few rows.
  */
 LT_API int lt_int8_quantise(int dtype, const void *x, int64_t x_stride, int8_t *codes, float *scales, int64_t rows,
                             int64_t cols);
 LT_API int lt_int8_dequantise(const int8_t *codes, const float *scales, int dtype, void *out, int64_t out_stride,
-                              int64_t rows, int64_t cols);
+                              int64_t rows, int64_t cols, int reused);
 LT_API int lt_int8_linear(int dtype, const void *x, int64_t x_stride, const int8_t *codes, const float *scales,
                           const void *bias, void *y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs);
 

@@ -140,14 +140,14 @@ LT_DEFINE(int8_quantise,
 
 LT_DEFINE(int8_dequantise,
           (const int8_t *codes, const float *scales, int dtype, void *out_, int64_t out_stride, int64_t rows,
-           int64_t cols),
-          (codes, scales, dtype, out_, out_stride, rows, cols)) {
+           int64_t cols, int reused),
+          (codes, scales, dtype, out_, out_stride, rows, cols, reused)) {
     using namespace lt::LT_ISA;
     return with_dtype(dtype, "out", [&](auto t) {
         typedef decltype(t) T;
         T *out = static_cast<T *>(out_);
         const int64_t row_bytes = out_stride * (int64_t)sizeof(T);
-        const bool stream = row_bytes % 64 == 0 && worth_streaming(out, rows * row_bytes);
+        const bool stream = reused && row_bytes % 64 == 0 && worth_streaming(out, rows * row_bytes);
         parallel_for(rows, kRowsPerChunk, [&](int64_t begin, int64_t end, int) {
             for (int64_t row = begin; row < end; ++row)
                 (stream ? dequantise_row<true, T> : dequantise_row<false, T>)(codes + row * cols, scales[row],

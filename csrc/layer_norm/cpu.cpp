@@ -7,17 +7,19 @@ namespace lt {
 namespace LT_ISA {
 namespace {
 
-template <class T> float row_mean(const T *x, int64_t cols) {
-    const float pivot = widen(x[0]); // sums of differences round less where the mean is large
-    return pivot + sum_over(cols, [=](int64_t h, auto kind) { return get(x + h, kind) - pivot; }) / (float)cols;
-}
-
-template <class T> float row_variance(const T *x, float mean, int64_t cols) {
-    const float squares = sum_over(cols, [=](int64_t h, auto kind) {
-        const auto d = get(x + h, kind) - mean;
-        return d * d;
+struct moments {
+    float mean, variance;
+};
+template <class T> moments row_moments(const T *x, int64_t cols) {
+    const int64_t few = cols < 64 ? cols : 64;
+    const float about = sum_over(few, [=](int64_t h, auto kind) { return get(x + h, kind); }) / (float)few;
+    const two_sums sums = two_sums_over(cols, [=](int64_t h, auto kind, auto &sum, auto &squares) {
+        const auto d = get(x + h, kind) - about;
+        sum += d;
+        squares += d * d;
     });
-    return squares / (float)cols;
+    const float rest = sums.a / (float)cols, variance = sums.b / (float)cols - rest * rest;
+    return {about + rest, variance < 0 ? 0.0f : variance}; // NaN stays NaN
 }
 
 // bias may be null.
@@ -36,13 +38,12 @@ void normalise(const T *x, float mean, float rstd, const U *weight, const U *bia
 template <class T, class U>
 void input_gradient(const T *dy, const T *x, const U *weight, float mean, float rstd, const T *residual, T *dx,
                     int64_t cols) {
-    const float g_mean =
-        sum_over(cols, [=](int64_t h, auto kind) { return get(dy + h, kind) * get(weight + h, kind); }) / (float)cols;
-    const float gn_mean = sum_over(cols,
-                                   [=](int64_t h, auto kind) {
-                                       return get(dy + h, kind) * get(weight + h, kind) * (get(x + h, kind) - mean);
-                                   }) *
-                          rstd / (float)cols;
+    const two_sums dots = two_sums_over(cols, [=](int64_t h, auto kind, auto &g_sum, auto &gx_sum) {
+        const auto g = get(dy + h, kind) * get(weight + h, kind);
+        g_sum += g;
+        gx_sum += g * (get(x + h, kind) - mean);
+    });
+    const float g_mean = dots.a / (float)cols, gn_mean = dots.b * rstd / (float)cols;
     for_row(cols, [=](int64_t h, auto kind) {
         const auto g = get(dy + h, kind) * get(weight + h, kind), n = (get(x + h, kind) - mean) * rstd;
         auto v = (g - g_mean - n * gn_mean) * rstd;
@@ -82,8 +83,9 @@ int forward(int dtype, const void *x_, int64_t x_stride, const void *residual_, 
                         add_rows(row, residual + t * residual_stride, s + t * s_stride, cols);
                         row = s + t * s_stride;
                     }
-                    mean[t] = cols ? row_mean(row, cols) : 0.0f;
-                    rstd[t] = 1.0f / __builtin_sqrtf(row_variance(row, mean[t], cols) + eps);
+                    const moments m = row_moments(row, cols);
+                    mean[t] = m.mean;
+                    rstd[t] = 1.0f / __builtin_sqrtf(m.variance + eps);
                     normalise(row, mean[t], rstd[t], weight, bias, y + t * y_stride, cols);
                 }
             });

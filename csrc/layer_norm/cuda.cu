@@ -45,10 +45,10 @@ __device__ void normalise(const Vec<T, N> &x, float mean, float rstd, const U *w
 
 // With s, x + residual is stored there and takes x's place; s may be x or residual, as each thread writes only what it
 // alone has read.
-// budget: 64 registers, 64 bytes shared
+// budget: 96 registers, 64 bytes shared
 // claims: LDG.128 STG.128
 template <class T, class U, int N>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     layer_norm_forward_kernel(const T *x, int64_t x_stride, const T *residual, int64_t residual_stride, T *s,
                               int64_t s_stride, const U *weight, const U *bias, T *y, int64_t y_stride, float *mean,
                               float *rstd, int64_t rows, int64_t cols, float eps) {
@@ -147,7 +147,7 @@ __device__ void input_gradient(const Vec<T, N> &dy, const Vec<T, N> &x, const U 
 // budget: 128 registers, 64 bytes shared
 // claims: LDG.128 STG.128
 template <class T, class U, int N, bool SUMS>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     layer_norm_backward_kernel(const T *dy, int64_t dy_stride, const T *x, int64_t x_stride, const U *weight,
                                const float *mean, const float *rstd, const T *residual, int64_t residual_stride, T *dx,
                                int64_t dx_stride, float *partials, int64_t rows, int64_t cols) {

@@ -174,14 +174,14 @@ LT_DEFINE(nf4_quantise_absmax,
 
 LT_DEFINE(nf4_dequantise,
           (const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes, const float *absmax_scales,
-           const float *absmax_offset, int dtype, void *out_, int64_t size),
-          (codes, absmax, absmax_codes, absmax_scales, absmax_offset, dtype, out_, size)) {
+           const float *absmax_offset, int dtype, void *out_, int64_t size, int reused),
+          (codes, absmax, absmax_codes, absmax_scales, absmax_offset, dtype, out_, size, reused)) {
     using namespace lt::LT_ISA;
     const absmax_list list = {absmax, absmax_codes, absmax_scales, absmax_offset};
     return with_dtype(dtype, "out", [&](auto t) {
         typedef decltype(t) T;
         T *out = static_cast<T *>(out_);
-        const bool stream = worth_streaming(out, size * (int64_t)sizeof(T));
+        const bool stream = reused && worth_streaming(out, size * (int64_t)sizeof(T));
         parallel_for((size + kBlock - 1) / kBlock, kBlocksPerChunk, [&](int64_t begin, int64_t end, int) {
             if (stream)
                 dequantise_blocks<true>(codes, list, begin, end, out, size);

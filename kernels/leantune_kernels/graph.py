@@ -231,12 +231,13 @@ NOTHING, NEW, ALIAS = 0, 1, 2
 
 def _encoded(result: Any, copies: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     several, parts = isinstance(result, (tuple, list)), _parts(result)
-    kinds, new = [], []
+    kinds: list[int] = []
+    new: list[torch.Tensor] = []
     for part in parts:
         which = [i for i, copied in enumerate(copies) if part is copied]
         kinds.append(NOTHING if part is None else ALIAS + which[0] if which else NEW)
         if kinds[-1] == NEW:
-            new.append(_of_its_own(part, given))
+            new.append(_of_its_own(part, [*given, *new]))
     marker = torch.empty(0, 2 if several else len(parts), *kinds, device=given[0].device)
     return [marker, *new]
 
@@ -247,10 +248,10 @@ def _parts(result: Any) -> list[Any]:
     return [] if result is None else [result]
 
 
-def _of_its_own(result: torch.Tensor, given: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Dense, and in memory that no argument has: what an operator may return."""
+def _of_its_own(result: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Dense, and in memory that no argument and no other result has: what an operator may return."""
     memory = result.untyped_storage()._cdata
-    if any(memory == t.untyped_storage()._cdata for t in given):
+    if any(memory == t.untyped_storage()._cdata for t in others):
         return result.clone(memory_format=torch.contiguous_format)
     return result.contiguous()
 

@@ -140,7 +140,7 @@ class Expected:
         self.inputs = case.make(torch.Generator().manual_seed(seed), dtype)
         self.truth = run(plain, self.inputs, case, torch.float64, upstream)
         yardstick = run(plain, self.inputs, case, None, upstream)
-        floor = 4 * torch.finfo(dtype).eps
+        floor = max(torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps)
         self.allowed = [factor * error(own, exact) + floor for own, exact in zip(yardstick, self.truth, strict=True)]
 
     def measure(self, kernel: Callable[..., Any], device: torch.device | str | None = None) -> list[Measured]:

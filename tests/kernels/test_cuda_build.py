@@ -78,12 +78,9 @@ def dump(option: str) -> Iterator[str]:
 
 
 def name_in(mangled: str) -> str:
-    """The kernel's own name: what follows its length and comes before template arguments or parameters."""
-    for length, rest in re.findall(r"(?=(\d{1,2})(\D\w*))", mangled):
-        name = rest[: int(length)]
-        if name.endswith("_kernel") and rest[int(length) :][:1] in ("I", "E"):
-            return name
-    return mangled
+    """The kernel's own name: one of KERNELS after its length, before template arguments or parameters."""
+    found = [k.name for k in KERNELS if re.search(rf"{len(k.name)}{k.name}[IE]", mangled)]
+    return found[0] if found else mangled
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import traffic
 from cuda_host import host
 from cuda_host.build import FLAVOURS, HERE
 from leantune_kernels import testing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LIMIT = 1.1  # of the floor
 ORDERS = [b"forward", b"reverse", b"random:1"]
 
 
@@ -80,12 +82,20 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_no_race_and_all_traffic_is_counted(module, case, traced):
     for dtype in dtypes_of(module):
         testing.run(module.function, case.make(torch.Generator().manual_seed(0), dtype), case)
-    for traffic in host.read_traffic(traced).values():
+    for found in host.read_traffic(traced).values():
         for each in ("loaded", "stored"):
             requested, per_block, per_launch = (
-                getattr(level, each) for level in (traffic.requested, traffic.per_block, traffic.per_launch)
+                getattr(level, each) for level in (found.requested, found.per_block, found.per_launch)
             )
             assert requested >= per_block >= per_launch >= 0
+
+
+@pytest.mark.parametrize(("op", "dtype"), traffic.memory_bound("cuda_impl"))
+def test_traffic_is_near_its_floor(op, dtype, traced):
+    """Each byte once a launch, forward and backward."""
+    ratio = traffic.measured(op, dtype, traffic.by_cuda(traced))
+    assert ratio.forward <= LIMIT
+    assert ratio.backward is None or ratio.backward <= LIMIT
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +103,7 @@ def test_rms_norm_moves_no_more_than_it_must(dtype):
     """Memory sees each input and each output once; only the partial sums of the weight's gradient come on top."""
     rows, cols, size = 70, 576, torch.empty(0, dtype=dtype).element_size()
     matrix, weight, rstd, partials = rows * cols * size, cols * size, rows * 4, 5 * cols * 4
-    moved = {kernel: traffic.per_launch for kernel, traffic in host.traffic("rms_norm", "70x576", dtype).items()}
+    moved = {kernel: found.per_launch for kernel, found in host.traffic("rms_norm", "70x576", dtype).items()}
     assert moved == {
         "rms_norm_forward_kernel": host.Bytes(loaded=matrix + weight, stored=matrix + rstd),
         "rms_norm_backward_kernel": host.Bytes(loaded=2 * matrix + weight + rstd, stored=matrix + partials),

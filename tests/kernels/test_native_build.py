@@ -221,4 +221,4 @@ def test_forcing_an_implementation(monkeypatch):
     monkeypatch.setenv("LEANTUNE_IMPL", "rms_norm:cuda")
     with pytest.raises(CannotServe, match=r"rms_norm \(LEANTUNE_IMPL=rms_norm:cuda\) cannot run on cpu.*: cuda: "):
         Op("leantune_kernels.rms_norm").pick(torch.empty(0))
-    assert table()["rms_norm"]["cpu"] is None and table()["rms_norm"]["triton"]
+    assert table()["rms_norm"]["cpu"] is None and table()["rms_norm"]["cuda"]

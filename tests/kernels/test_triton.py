@@ -4,7 +4,6 @@ Without a GPU kernels run in the interpreter, where loads and stores are counted
 own (tests/triton_compile.py), since interpreted kernels cannot be.
 """
 
-import importlib
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 import leantune_kernels
-from leantune_kernels import testing
+import traffic
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -52,36 +51,10 @@ def test_a_new_length_compiles_nothing_new(op, compiled):
     assert compiled["added_by_length"][op] == []
 
 
-def counted(op, dtype):
-    """(bytes forward, bytes backward, floor) of the op's traffic case, as its Triton kernels ask for them."""
-    import triton_interpreter
-
-    cases = importlib.import_module(f"leantune_kernels.{op}.cases")
-    case = cases.TRAFFIC
-    inputs = case.make(torch.Generator().manual_seed(0), dtype)
-    given = {k: testing._prepare(v, k in case.differentiable, None) for k, v in inputs.items()}
-    with triton_interpreter.counted() as forward:
-        output = cases.function(**given)
-    with triton_interpreter.counted() as backward:
-        if case.differentiable:
-            outputs = output if isinstance(output, tuple) else (output,)
-            wanted = [given[k] for k in case.differentiable]
-            torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs])
-    return forward, backward, cases.floor(**inputs)
-
-
-def memory_bound():
-    for op in OPS:
-        cases = importlib.import_module(f"leantune_kernels.{op}.cases")
-        if cases.MEMORY_BOUND:
-            for dtype in getattr(cases, "DTYPES", (torch.float32, torch.bfloat16)):
-                yield pytest.param(op, dtype, id=f"{op}-{dtype}")
-
-
 @interpreted
-@pytest.mark.parametrize(("op", "dtype"), memory_bound())
+@pytest.mark.parametrize(("op", "dtype"), traffic.memory_bound("triton_impl"))
 def test_traffic_is_near_its_floor(op, dtype, monkeypatch):
     monkeypatch.setenv("LEANTUNE_IMPL", "triton")
-    forward, backward, floor = counted(op, dtype)
-    assert forward.loaded + forward.stored <= LIMIT * floor.forward_bytes
-    assert backward.loaded + backward.stored <= LIMIT * floor.backward_bytes
+    ratio = traffic.measured(op, dtype, traffic.by_triton)
+    assert ratio.forward <= LIMIT
+    assert ratio.backward is None or ratio.backward <= LIMIT

@@ -69,6 +69,7 @@ def pack(x: torch.Tensor, mode: str) -> Packed:
 def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
     """The tensor that was packed, in its dtype, rounded; into `out`, contiguous, where given. ValueError if unfit."""
     data = packed.data
+    reused = out is not None
     if out is None:
         out = torch.empty(data.shape, dtype=packed.dtype, device=data.device)
     expect("out", out, data.shape, packed.dtype, data.device)
@@ -77,7 +78,7 @@ def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
     if packed.scales is None:
         OP.pick(out).unpack_bf16(_rows(data), _rows(out))
     else:
-        OP.pick(out).unpack_int8(_rows(data), packed.scales, _rows(out))
+        OP.pick(out).unpack_int8(_rows(data), packed.scales, _rows(out), reused)
     return out
 
 

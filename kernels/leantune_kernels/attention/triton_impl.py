@@ -47,14 +47,11 @@ def _met(first, length, back, ahead, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _mask(
-    scores, row, key, first, start, length, before, after, unseen: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """`scores` of the rows from `first` on and the keys from `start` on, `unseen` where a row does not see a key."""
+def _mask(scores, row, key, first, start, length, before, after, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Scores of the rows from `first` on and the keys from `start` on, -inf where a row does not see a key."""
     if (start < first + ROWS - 1 - before) | (start + KEYS - 1 > first + after) | (start + KEYS > length):
         ahead = key - row
-        scores = tl.where((ahead >= -before) & (ahead <= after) & (key < length), scores, unseen)
+        scores = tl.where((ahead >= -before) & (ahead <= after) & (key < length), scores, float("-inf"))
     return scores
 
 
@@ -90,7 +87,7 @@ def _forward_kernel(
         j = key + tl.arange(0, BLOCK_N)
         k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = _mask(s, row[:, None], j[None, :], first, key, length, before, after, float("-inf"), BLOCK_M, BLOCK_N)
+        s = _mask(s, row[:, None], j[None, :], first, key, length, before, after, BLOCK_M, BLOCK_N)
         highest = tl.maximum(m, tl.max(s, 1))
         shrink = tl.exp2(m - highest)
         p = tl.exp2(s - highest[:, None])
@@ -146,8 +143,9 @@ def _query_gradient_kernel(
         j = key + tl.arange(0, BLOCK_N)
         k = _load(k_ptr, k_stride, j, length, d, dim, DOT)
         v = _load(v_ptr, v_stride, j, length, d, dim, DOT)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
-        p = _mask(p, row[:, None], j[None, :], first, key, length, before, after, 0.0, BLOCK_M, BLOCK_N)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = _mask(s, row[:, None], j[None, :], first, key, length, before, after, BLOCK_M, BLOCK_N)
+        p = tl.exp2(s - lse[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         acc = tl.dot(ds.to(DOT), k, acc, input_precision="ieee")
     at = dq_ptr + (token + row)[:, None] * dq_stride + head * dq_head + d[None, :]
@@ -184,8 +182,9 @@ def _key_gradient_kernel(
             do = _load(do_at, do_stride, row, length, d, dim, DOT)
             lse = tl.load(lse_ptr + at + row, mask=row < length, other=0.0) / LN_2
             delta = tl.load(delta_ptr + at + row, mask=row < length, other=0.0)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
-            p = _mask(p, row[None, :], j[:, None], r, first, length, before, after, 0.0, BLOCK_M, BLOCK_N)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+            s = _mask(s, row[None, :], j[:, None], r, first, length, before, after, BLOCK_M, BLOCK_N)
+            p = tl.exp2(s - lse[None, :])
             dv = tl.dot(p.to(DOT), do, dv, input_precision="ieee")
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(DOT), q, dk, input_precision="ieee")
@@ -216,8 +215,8 @@ _QUERY_GRADIENT = {
     4: _tuned(_query_gradient_kernel, (32, 16, 8, 1), (32, 16, 4, 1)),
 }
 _KEY_GRADIENT = {
-    2: _tuned(_key_gradient_kernel, (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
-    4: _tuned(_key_gradient_kernel, (32, 32, 8, 1), (16, 32, 4, 1)),
+    2: _tuned(_key_gradient_kernel, (32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 4, 1)),
+    4: _tuned(_key_gradient_kernel, (16, 32, 8, 1), (16, 32, 4, 1)),
 }
 
 

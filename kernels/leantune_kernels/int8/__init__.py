@@ -64,10 +64,11 @@ def dequantise(w: Int8Weight, dtype: torch.dtype | None = None, out: torch.Tenso
         dtype = w.dtype if out is None else out.dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+    reused = out is not None
     if out is None:
         out = torch.empty(w.shape, dtype=dtype, device=w.codes.device)
     expect("out", out, w.shape, dtype, w.codes.device, written=True)
-    OP.pick(out).dequantise(w.codes, w.scales, out)
+    OP.pick(out).dequantise(w.codes, w.scales, out, reused)
     return out
 
 

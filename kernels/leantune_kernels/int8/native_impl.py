@@ -14,9 +14,9 @@ def quantise(x, codes, scales):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def dequantise(codes, scales, out):  # type: ignore[no-untyped-def]
+def dequantise(codes, scales, out, reused):  # type: ignore[no-untyped-def]
     lib.int8_dequantise(
-        codes.data_ptr(), scales.data_ptr(), DTYPE_CODES[out.dtype], out.data_ptr(), out.stride(0), *out.shape
+        codes.data_ptr(), scales.data_ptr(), DTYPE_CODES[out.dtype], out.data_ptr(), out.stride(0), *out.shape, reused,
     )  # fmt: skip
 
 

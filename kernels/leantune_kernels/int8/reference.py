@@ -28,7 +28,7 @@ def quantise(x, codes, scales):  # type: ignore[no-untyped-def]
     codes.copy_((x * inverse[:, None]).round().nan_to_num(0.0))
 
 
-def dequantise(codes, scales, out):  # type: ignore[no-untyped-def]
+def dequantise(codes, scales, out, reused):  # type: ignore[no-untyped-def]
     out.copy_(codes.float() * scales[:, None])
 
 

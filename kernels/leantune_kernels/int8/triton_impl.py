@@ -90,7 +90,7 @@ def quantise(x, codes, scales):
         )  # fmt: skip
 
 
-def dequantise(codes, scales, out):
+def dequantise(codes, scales, out, reused):
     if out.numel():
         block = power_of_two(out.shape[1], at_most=TILE)
         _dequantise_kernel[(ceil_div(out.shape[0], TILE // block), ceil_div(out.shape[1], block))](

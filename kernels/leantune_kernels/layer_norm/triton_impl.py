@@ -48,17 +48,20 @@ def _forward(
 def _backward(
     dy_ptr, dy_stride, x_ptr, x_stride, weight_ptr, mean_ptr, rstd_ptr, residual_ptr, residual_stride, dx_ptr,
     dx_stride, partials_ptr, rows, cols, programs, HAS_RESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr,
-    NEED_DBIAS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NEED_DBIAS: tl.constexpr, KEEP_WEIGHT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partials[0, program, h] = sum over the program's rows of dy * n, partials[1, ...] that of dy, where needed."""
     h = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + h, mask=h < cols, other=0.0).to(tl.float32)
+    if KEEP_WEIGHT:
+        weight = tl.load(weight_ptr + h, mask=h < cols, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for step in range(STEPS):
         t = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (t < rows) & (h < cols)
         x = tl.load(x_ptr + t * x_stride + h, mask=mask, other=0.0).to(tl.float32)
+        if not KEEP_WEIGHT:
+            weight = tl.load(weight_ptr + h, mask=h < cols, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + t * dy_stride + h, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + t, mask=t < rows, other=0.0)
         rstd = tl.load(rstd_ptr + t, mask=t < rows, other=0.0)
@@ -85,7 +88,8 @@ def forward(x, weight, bias, eps, out=None, residual=None, summed=None):
     x, weight, bias = rows(x), weight.contiguous(), None if bias is None else bias.contiguous()
     residual = None if residual is None else rows(residual)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    mean, rstd = torch.empty(2, x.shape[0], dtype=torch.float32, device=x.device)
+    # Two allocations: halves of one would be aligned for some lengths only, and Triton compiles for alignments.
+    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     if x.shape[0]:
         grid, constants = plan(x, 16)
         _forward[grid](
@@ -111,7 +115,7 @@ def backward(dy, x, weight, mean, rstd, residual=None, out=None, need_dweight=Fa
             rstd_ptr=rstd, residual_ptr=residual, residual_stride=0 if residual is None else residual.stride(0),
             dx_ptr=dx, dx_stride=dx.stride(0), partials_ptr=partials, rows=x.shape[0], cols=x.shape[1],
             programs=grid[0], HAS_RESIDUAL=residual is not None, NEED_DWEIGHT=need_dweight, NEED_DBIAS=need_dbias,
-            **constants,
+            KEEP_WEIGHT=constants["BLOCK"] <= 4096, **constants,
         )  # fmt: skip
     if partials is None:
         return dx, None, None

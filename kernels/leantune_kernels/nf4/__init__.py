@@ -96,12 +96,13 @@ def dequantise(w: NF4Weight, dtype: torch.dtype | None = None, out: torch.Tensor
         dtype = w.dtype if out is None else out.dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+    reused = out is not None
     if out is None:
         out = torch.empty(w.shape, dtype=dtype, device=w.codes.device)
     expect("out", out, w.shape, dtype, w.codes.device)
     if not out.is_contiguous():
         raise ValueError(f"out has strides {out.stride()} for shape {tuple(out.shape)}; it must be contiguous")
-    OP.pick(out).dequantise(w, out)
+    OP.pick(out).dequantise(w, out, reused)
     return out
 
 

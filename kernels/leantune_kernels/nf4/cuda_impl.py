@@ -22,7 +22,7 @@ def quantise_absmax(absmax, offset, codes, scales):  # type: ignore[no-untyped-d
         )  # fmt: skip
 
 
-def dequantise(w, out):  # type: ignore[no-untyped-def]
+def dequantise(w, out, reused):  # type: ignore[no-untyped-def]
     with stream(out) as s:
         lib.nf4_dequantise(*_stored(w), DTYPE_CODES[out.dtype], out.data_ptr(), out.numel(), s)
 

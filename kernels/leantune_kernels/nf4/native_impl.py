@@ -20,8 +20,8 @@ def quantise_absmax(absmax, offset, codes, scales):  # type: ignore[no-untyped-d
     )  # fmt: skip
 
 
-def dequantise(w, out):  # type: ignore[no-untyped-def]
-    lib.nf4_dequantise(*_stored(w), DTYPE_CODES[out.dtype], out.data_ptr(), out.numel())
+def dequantise(w, out, reused):  # type: ignore[no-untyped-def]
+    lib.nf4_dequantise(*_stored(w), DTYPE_CODES[out.dtype], out.data_ptr(), out.numel(), reused)
 
 
 def linear(x, w, bias, y):  # type: ignore[no-untyped-def]

@@ -65,7 +65,7 @@ def quantise_absmax(absmax, offset, codes, scales):  # type: ignore[no-untyped-d
     codes.copy_(code.masked_fill(normed.isnan(), 0).flatten()[: codes.numel()])
 
 
-def dequantise(w, out):  # type: ignore[no-untyped-def]
+def dequantise(w, out, reused):  # type: ignore[no-untyped-def]
     out.copy_(_values(w))
 
 

@@ -36,17 +36,20 @@ def _forward(
 @triton.jit(do_not_specialize=["rows"])
 def _backward(
     dy_ptr, dy_stride, x_ptr, x_stride, weight_ptr, rstd_ptr, residual_ptr, residual_stride, dx_ptr, dx_stride,
-    partials_ptr, rows, cols, HAS_RESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, STEPS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    partials_ptr, rows, cols, HAS_RESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr,
+    KEEP_WEIGHT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With NEED_DWEIGHT, partials[program, h] = sum over the program's rows of dy * x * rstd."""
     h = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + h, mask=h < cols, other=0.0).to(tl.float32)
+    if KEEP_WEIGHT:
+        weight = tl.load(weight_ptr + h, mask=h < cols, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for step in range(STEPS):
         t = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (t < rows) & (h < cols)
         x = tl.load(x_ptr + t * x_stride + h, mask=mask, other=0.0).to(tl.float32)
+        if not KEEP_WEIGHT:
+            weight = tl.load(weight_ptr + h, mask=h < cols, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + t * dy_stride + h, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + t, mask=t < rows, other=0.0)
         n = x * rstd
@@ -67,7 +70,7 @@ def plan(x: torch.Tensor, rows_of_a_program: int) -> tuple[tuple[int], dict[str,
     block = power_of_two(x.shape[1])
     at_once = max(1, min(rows_of_a_program, 2048 // block))
     constants = {"STEPS": rows_of_a_program // at_once, "ROWS": at_once, "BLOCK": block}
-    return (ceil_div(x.shape[0], rows_of_a_program),), constants | {"num_warps": max(4, min(16, block // 512))}
+    return (ceil_div(x.shape[0], rows_of_a_program),), constants | {"num_warps": max(4, min(32, block // 256))}
 
 
 def forward(x, weight, eps, out=None, residual=None, summed=None):
@@ -97,7 +100,8 @@ def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False):
             dy_ptr=dy, dy_stride=dy.stride(0), x_ptr=x, x_stride=x.stride(0), weight_ptr=weight, rstd_ptr=rstd,
             residual_ptr=residual, residual_stride=0 if residual is None else residual.stride(0),
             dx_ptr=dx, dx_stride=dx.stride(0), partials_ptr=partials, rows=x.shape[0], cols=x.shape[1],
-            HAS_RESIDUAL=residual is not None, NEED_DWEIGHT=need_dweight, **constants,
+            HAS_RESIDUAL=residual is not None, NEED_DWEIGHT=need_dweight,
+            KEEP_WEIGHT=constants["BLOCK"] <= 4096, **constants,
         )  # fmt: skip
     # The partial sums are added by torch's own reduction, in a fixed order; they are small beside the rest.
     return dx, None if partials is None else partials.sum(0)
