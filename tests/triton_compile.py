@@ -164,6 +164,7 @@ def compile_one(job: tuple[str, str, int]) -> dict[str, Any]:
         "sm": target,
         "bytes": size,
         "stack": stack,
+        "constants": str({launch.fn.arg_names[i]: v for (i, *_), v in launch.constants.items()}),
         "seconds": seconds,
         "error": failure,
     }
@@ -195,7 +196,7 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.jobs) as workers:
         results = list(workers.map(compile_one, jobs))
     for r in results:
-        outcome = r["error"] or f"{r['bytes']} bytes, stack {r['stack']}, {r['seconds']:.1f} s"
+        outcome = r["error"] or f"{r['bytes']} bytes, stack {r['stack']}, {r['seconds']:.1f} s {r['constants']}"
         print(f"{r['op']}.{r['kernel']} sm_{r['sm']}: {outcome}")
     for op, kernels in added.items():
         if kernels:

@@ -107,21 +107,21 @@ def _backward_kernel(
                 tl.store(dx_ptr + t_wide[:, None] * dx_stride + n[None, :], dx, mask=inside)
 
 
-def _blocks(rank: int, halves: int) -> dict[str, int]:
-    """Sizes for which `halves` accumulators [BLOCK_T, BLOCK_R] stay in registers."""
-    block_r = power_of_two(rank)
+def _blocks(rank: int) -> dict[str, int]:
+    """Sizes for which the accumulators [BLOCK_T, BLOCK_R] and the operands of a product stay in registers."""
     return {
-        "BLOCK_T": 64 if block_r * halves <= 256 else 32,
-        "BLOCK_R": block_r,
-        "BLOCK_H": 64 if block_r <= 64 else 32,
-        "num_warps": 4 if block_r <= 64 else 8,
+        "BLOCK_T": 16,
+        "BLOCK_R": power_of_two(rank),
+        "BLOCK_H": 16,
+        "num_warps": 8,
         "num_stages": 2,
+        "maxnreg": 255,  # left to itself the assembler prefers spilling to fewer blocks on a multiprocessor
     }
 
 
 def forward(x, weights, scale, activation, out):
     x, (down, up, down_bias, up_bias) = rows_of(x), weights
-    blocks = _blocks(down.shape[0], 1)
+    blocks = _blocks(down.shape[0])
     if x.numel():
         _forward_kernel[(ceil_div(x.shape[0], blocks["BLOCK_T"]),)](
             x_ptr=x, down_ptr=down, down_bias_ptr=down_bias, up_ptr=up, up_bias_ptr=up_bias, y_ptr=out,
@@ -133,7 +133,7 @@ def forward(x, weights, scale, activation, out):
 def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_bias):
     dy, x, (down, up, down_bias, _) = rows_of(dy), rows_of(x), weights
     (rows, H), R = x.shape, down.shape[0]
-    blocks = _blocks(R, 2)
+    blocks = _blocks(R)
     count = ceil_div(rows, blocks["BLOCK_T"])
     h, dz = torch.empty(2, rows, R, device=x.device)
     dz_sums = None if ddown_bias is None else torch.empty(count, 1, R, device=x.device)

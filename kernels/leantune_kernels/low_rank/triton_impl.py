@@ -95,13 +95,18 @@ def _product_kernel(
     tl.store(y_at, total, mask=t_in & n_in)
 
 
-_CONFIGS = [
-    triton.Config({"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
-    triton.Config({"BLOCK_T": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=4),
-    triton.Config({"BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=4, num_stages=3),
-]
-_tuned_product = autotune(_CONFIGS, key=["N", "K", "R"])(_product_kernel)
+def _tile(t: int, n: int, k: int, warps: int) -> triton.Config:
+    """maxnreg: left to itself the assembler prefers spilling to fewer blocks on a multiprocessor."""
+    blocks = {"BLOCK_T": t, "BLOCK_N": n, "BLOCK_K": k}
+    return triton.Config(blocks, num_warps=warps, num_stages=3, maxnreg=255)
+
+
+# By bytes of an element. Products of float32 do not run on tensor cores: their operands take registers, too.
+_TILES = {
+    2: [_tile(64, 64, 32, 4), _tile(64, 128, 32, 8)],
+    4: [_tile(32, 32, 16, 8), _tile(32, 64, 16, 8)],
+}
+_tuned_product = {size: autotune(tiles, key=["N", "K", "R"])(_product_kernel) for size, tiles in _TILES.items()}
 
 
 @triton.jit
@@ -175,12 +180,14 @@ def project(x: torch.Tensor, P: torch.Tensor, out: torch.Tensor | None = None) -
     """x [T, K] P [K, R] in float32; P of any strides."""
     x, (K, R) = rows_of(x), P.shape
     s = torch.empty(x.shape[0], R, device=x.device) if out is None else out
-    block_r = power_of_two(R, at_most=128)
-    grid = (ceil_div(x.shape[0], 64), ceil_div(R, block_r))
+    half = x.element_size() == 2
+    block_t, block_r = 64 if half else 32, power_of_two(R, at_most=64 if half else 32)
+    grid = (ceil_div(x.shape[0], block_t), ceil_div(R, block_r))
     if s.numel():
         _project_kernel[grid](
             x_ptr=x, p_ptr=P, s_ptr=s, rows=x.shape[0], x_stride=x.stride(0), p_k=P.stride(0), p_r=P.stride(1),
-            s_stride=s.stride(0), K=K, R=R, DOT=product_type(x.dtype), BLOCK_T=64, BLOCK_R=block_r, BLOCK_K=32,
+            s_stride=s.stride(0), K=K, R=R, DOT=product_type(x.dtype), BLOCK_T=block_t, BLOCK_R=block_r,
+            BLOCK_K=32 if half else 16, maxnreg=255,
         )  # fmt: skip
     return s
 
@@ -205,15 +212,19 @@ def product(
         "y_ptr": y, "rows": rows, "x_stride": 0 if x is None else x.stride(0), "m_k": 0 if M is None else M.stride(0),
         "m_n": 0 if M is None else M.stride(1), "s_stride": S.stride(0), "q_r": Q.stride(0), "q_n": Q.stride(1),
         "y_stride": y.stride(0), "scale": scale, "N": N, "K": 0 if x is None else x.shape[1], "R": R,
-        "ACCUMULATE": accumulate, "DOT": product_type(y.dtype), "BLOCK_R": power_of_two(R, at_most=64),
+        "ACCUMULATE": accumulate, "DOT": product_type(y.dtype),
+        "BLOCK_R": power_of_two(R, at_most=32 if y.element_size() == 2 else 16),
     }  # fmt: skip
     if not y.numel():
         return
     if accumulate:  # timing configurations would add to y again and again
-        grid = (ceil_div(rows, 64) * ceil_div(N, 64),)
-        _product_kernel[grid](**arguments, BLOCK_T=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
+        tile = _TILES[y.element_size()][0].all_kwargs()
+        grid = (ceil_div(rows, tile["BLOCK_T"]) * ceil_div(N, tile["BLOCK_N"]),)
+        _product_kernel[grid](**arguments, **tile)
     else:
-        _tuned_product[lambda meta: (ceil_div(rows, meta["BLOCK_T"]) * ceil_div(N, meta["BLOCK_N"]),)](**arguments)
+        _tuned_product[y.element_size()][
+            lambda meta: (ceil_div(rows, meta["BLOCK_T"]) * ceil_div(N, meta["BLOCK_N"]),)
+        ](**arguments)
 
 
 def partial_gradients(C: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -222,12 +233,12 @@ def partial_gradients(C: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     chunk_rows = device.chunk_rows(rows)
     chunks = ceil_div(rows, chunk_rows)
     partials = torch.empty(chunks, R, x.shape[1], device=x.device)
-    block_r = power_of_two(R, at_most=64)
+    block_r = power_of_two(R, at_most=64 if x.element_size() == 2 else 32)
     if partials.numel():
         _gradient_kernel[(ceil_div(x.shape[1], 64), ceil_div(R, block_r), chunks)](
             c_ptr=C, x_ptr=x, partial_ptr=partials, rows=rows, chunk_rows=chunk_rows, c_stride=C.stride(0),
             x_stride=x.stride(0), R=R, K=x.shape[1], DOT=product_type(x.dtype),
-            BLOCK_T=32, BLOCK_R=block_r, BLOCK_K=64,
+            BLOCK_T=32 if x.element_size() == 2 else 16, BLOCK_R=block_r, BLOCK_K=64, maxnreg=255,
         )  # fmt: skip
     return partials
 
@@ -250,6 +261,7 @@ def merge(weight, A, B, scale, out):
             w_ptr=weight, a_ptr=A, b_ptr=B, out_ptr=out, w_stride=weight.stride(0), a_stride=A.stride(0),
             b_stride=B.stride(0), out_stride=out.stride(0), scale=scale, N=N, K=K, R=R,
             BLOCK_N=64, BLOCK_K=64, BLOCK_R=power_of_two(R, at_most=32),
+            maxnreg=255,
         )  # fmt: skip
 
 
