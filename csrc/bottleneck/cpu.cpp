@@ -117,7 +117,7 @@ void pack(const adapter &a, bool backward) {
     });
 }
 
-// ---- forward --------------------------------------------------------------------------------------------------------
+// ---- forward
 
 template <class T>
 void forward_block(const adapter &a, const T *x, int64_t x_stride, T *y, int64_t y_stride, int64_t rows, float *h,
@@ -129,7 +129,7 @@ void forward_block(const adapter &a, const T *x, int64_t x_stride, T *y, int64_t
     });
 }
 
-// ---- backward -------------------------------------------------------------------------------------------------------
+// ---- backward
 
 // Gradients asked for; where each one's partial sums are within a chunk's.
 struct gradients {

@@ -51,7 +51,7 @@ inline void add_outer(float *target, int64_t stride, bool first, int64_t rank, i
                   });
 }
 
-// ---- chunks of rows and their partial sums --------------------------------------------------------------------------
+// ---- chunks of rows and their partial sums
 
 // Rows go through in blocks; a chunk of whole blocks has partial sums of its own.
 struct row_chunks {

@@ -19,7 +19,7 @@ void project(int64_t rows, int64_t depth, block b, const float *factor, int64_t 
                   [=](int64_t t, int64_t j, vf sum) { store(s + t * s_stride + j, sum * scale); });
 }
 
-// ---- gradients ------------------------------------------------------------------------------------------------------
+// ---- gradients
 
 // What one call needs to know about sizes. Scratch holds, in this order: packed A's side by side [K, S columns], packed
 // B's, the chunks' partial sums, and for each thread a block of x, a block of dy, and the block's S and dS.
@@ -101,7 +101,7 @@ void gradient_block(const gradient_plan &p, const T *x, int64_t x_stride, int64_
                       p.s_stride, x_block);
 }
 
-// ---- y += scale * (x P) Q -------------------------------------------------------------------------------------------
+// ---- y += scale * (x P) Q
 
 struct add_plan {
     int64_t inputs, outputs, rank, x_stride, s_stride, q_stride;
