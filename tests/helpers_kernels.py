@@ -1,4 +1,4 @@
-"""The implementations that an op's own tests run against."""
+"""Forcing one implementation of an op in a test: C++ at a level, Triton interpreted, CUDA emulated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,30 +7,33 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from cuda_host import host
+from leantune_kernels.cpu import lib
+
+LEVELS = ["base", "avx2", "avx512"]
+IMPLEMENTATIONS = [*(f"cpu:{level}" for level in LEVELS), "triton", "cuda"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
 
 @contextmanager
 def forced(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every call inside goes to implementation `name`; "cpu:avx2" names an instruction level too.
-
-    Triton runs in its interpreter and CUDA on the emulator. Skips what cannot run here.
-    """
-    from leantune_kernels.cpu import lib
-
-    name, _, level = name.partition(":")
-    if name in ("triton", "cuda") and (torch.cuda.is_available() or not find_spec("triton")):
-        pytest.skip("Triton's interpreter and the CUDA emulator are for machines without a GPU")
-    if name == "cuda":
-        from cuda_host import host
-
+    """Every op runs by `name`, one of IMPLEMENTATIONS or "reference", on the memory of the cpu; skips what cannot."""
+    implementation, _, level = name.partition(":")
+    if implementation == "cuda":
         with host.kernels("plain"):
             yield
         return
-    monkeypatch.setenv("LEANTUNE_IMPL", name)
+    if implementation == "triton" and (find_spec("triton") is None or torch.cuda.is_available()):
+        pytest.skip("needs Triton's interpreter")
     before = lib.isa()
-    if level:
-        try:
-            lib.set_isa(level)
-        except ValueError as beyond:
-            pytest.skip(str(beyond))
+    if level and LEVELS.index(level) > LEVELS.index(before):
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setenv("LEANTUNE_IMPL", implementation)
+    lib.set_isa(level or before)
     yield
     lib.set_isa(before)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal element by element, NaN like NaN."""
+    return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, -1e30), torch.nan_to_num(b, -1e30))
