@@ -101,9 +101,7 @@ class BuildKernels(build_ext):
         for source in sorted(CSRC.glob("*/cuda.cu")):
             command = [nvcc, *CUDA, f"-I{CSRC / 'include'}"]
             jobs.append((source, self.objects / "cuda" / f"{source.parent.name}.o", command))
-        headers = [
-            p for kind in ("*.h", "*.cuh") for folder in ("common", "include") for p in (CSRC / folder).glob(kind)
-        ]
+        headers = [*CSRC.rglob("*.cuh"), *(CSRC / "common").glob("*.h"), *(CSRC / "include").glob("*.h")]
         objects = self.compile(jobs, headers, CUDA_JOBS)
         options = ["-Xlinker", f"--version-script={EXPORTS}", "-Xlinker", f"-soname={output.name}"]
         self.run_compiler([nvcc, "-shared", *CUDA, *objects, "-o", str(output), *options])
