@@ -345,5 +345,6 @@ def int8_dequantise(codes: Array, scales: Array, dtype: str = "float32", out: Ar
     codes_ = take("codes", codes, ("T", "H"), "int8", dense=True)
     scales_ = take("scales", scales, codes_.shape[:1], "float32", dense=True)
     x = result("out", out, codes_.shape, dtype)
-    lib.int8_dequantise(codes_.address, scales_.address, x.code, x.address, x.row, *codes_.shape)
+    reused = int(out is not None)
+    lib.int8_dequantise(codes_.address, scales_.address, x.code, x.address, x.row, *codes_.shape, reused)
     return x.source

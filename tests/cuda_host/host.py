@@ -94,5 +94,14 @@ def traffic(op: str, case: str, dtype: torch.dtype = torch.float32) -> dict[str,
 
 def moved(op: str, case: str, dtype: torch.dtype = torch.float32) -> Bytes:
     """What memory sees of one case, forward and backward, all kernels together: each byte once a launch."""
-    each = [found.per_launch for found in traffic(op, case, dtype).values()]
+    return _total(traffic(op, case, dtype))
+
+
+def total(traced: ctypes.CDLL) -> Bytes:
+    """The same of all kernels that ran since lt_host_traffic_reset()."""
+    return _total(read_traffic(traced))
+
+
+def _total(by_kernel: dict[str, Traffic]) -> Bytes:
+    each = [found.per_launch for found in by_kernel.values()]
     return Bytes(sum(b.loaded for b in each), sum(b.stored for b in each))

@@ -160,7 +160,7 @@ def test_traffic_is_near_its_floor(name, dtype, monkeypatch):
         run, least = parts(dtype)[name]
         traced.lt_host_traffic_reset()
         run()
-        moved = sum(host.read_traffic(traced).values(), host.NO_TRAFFIC).per_launch
+        moved = host.total(traced)
         assert moved.loaded + moved.stored <= 1.1 * least
     with forced("triton", monkeypatch):
         run, least = parts(dtype)[name]
