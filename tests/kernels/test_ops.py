@@ -117,11 +117,13 @@ def test_upstream_gradient_of_any_strides(module, op, case, name, monkeypatch):
     output = output[0] if isinstance(output, tuple) else output
     wanted = [given[k] for k in case.differentiable]
     backwards = tuple(range(output.dim())[::-1])
-    for dy in (torch.ones(()).expand(output.shape), torch.randn(output.shape[::-1]).permute(backwards)):
+    generator = torch.Generator().manual_seed(1)
+    permuted = torch.randn(output.shape[::-1], generator=generator).permute(backwards)
+    for dy in (torch.ones(()).expand(output.shape), permuted):
         strided = torch.autograd.grad(output, wanted, dy, retain_graph=True)
         dense = torch.autograd.grad(output, wanted, dy.contiguous().clone(), retain_graph=True)
         for a, b in zip(strided, dense, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            assert testing.error(a, b) <= 1e-6  # the vendor's products round by layout; NaN counts as infinite
 
 
 @pytest.mark.parametrize("op", leantune_kernels.ops())
