@@ -19,12 +19,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def forced(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every op runs by `name`, one of IMPLEMENTATIONS or "reference", on the memory of the cpu; skips what cannot."""
     implementation, _, level = name.partition(":")
+    if implementation in ("cuda", "triton") and torch.cuda.is_available():
+        pytest.skip("tensors of the cpu run on neither where there is a device")
+    if implementation == "triton" and find_spec("triton") is None:
+        pytest.skip("triton is not installed")
     if implementation == "cuda":
         with host.kernels("plain"):
             yield
         return
-    if implementation == "triton" and (find_spec("triton") is None or torch.cuda.is_available()):
-        pytest.skip("needs Triton's interpreter")
     before = lib.isa()
     if level and LEVELS.index(level) > LEVELS.index(before):
         pytest.skip(f"this processor has no {level}")

@@ -56,7 +56,7 @@ def measured(op: str, dtype: torch.dtype, count: Callable[[Callable[[], Any]], i
     cases = cases_of(op)
     case = cases.TRAFFIC
     inputs = case.make(torch.Generator().manual_seed(0), dtype)
-    given = {k: testing._prepare(v, k in case.differentiable, None) for k, v in inputs.items()}
+    given = testing.prepare(inputs, case)
     floor, results = cases.floor(**inputs), []
     forward = count(lambda: results.append(cases.function(**given))) / floor.forward_bytes
     if not case.differentiable:

@@ -164,8 +164,9 @@ def accept(
     plain: Callable[..., Any],
     factor: float = 1.5,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> None:
     """AssertionError unless every output and gradient of `kernel` is within `factor` of plain PyTorch's own error."""
-    for m in Expected(case, dtype, plain, factor, seed).measure(kernel):
+    for m in Expected(case, dtype, plain, factor, seed).measure(kernel, device):
         if not m.error <= m.allowed:
             raise AssertionError(f"{case.name}, {dtype}, {m.name}: error {m.error:.3g}, allowed {m.allowed:.3g}")

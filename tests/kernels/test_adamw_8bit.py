@@ -1,27 +1,17 @@
 """8-bit moments: the code books, quantisation to the nearest entry, the same codes everywhere, training with them."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
-from cuda_host import host
+from helpers_kernels import forced
 from leantune_kernels.adamw import AdamWTable
 from leantune_kernels.adamw_8bit import AdamW8bitTable, adamw_8bit_step, zero_states
 from leantune_kernels.adamw_8bit.code_book import BLOCK, CELLS, book, boundaries, cells, decode, encode
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
 
-
-@pytest.fixture(params=["reference", "cpu", TRITON, "cuda"])
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def implementation(request, monkeypatch):
-    if torch.cuda.is_available() and request.param in ("triton", "cuda"):
-        pytest.skip("tensors of the cpu run on neither where there is a device")
-    if request.param == "cuda":
-        with host.kernels("plain"):
-            yield "cuda"
-    else:
-        monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+    with forced(request.param, monkeypatch):
         yield request.param
 
 

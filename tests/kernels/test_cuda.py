@@ -46,18 +46,9 @@ def all_cases():
                     yield pytest.param(module, case, dtype, id=f"{op}-{case.name}-{dtype}")
 
 
-def move(value, device):
-    if isinstance(value, (tuple, list)):
-        return type(value)(move(each, device) for each in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
 @pytest.mark.parametrize(("module", "case", "dtype"), all_cases())
-def test_on_a_device(module, case, dtype, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", "cuda")
-
-    def on_device(**inputs):
-        return move(module.function(**{name: move(value, "cuda") for name, value in inputs.items()}), "cpu")
-
-    testing.accept(case, dtype, on_device, module.plain, getattr(module, "FACTOR", 1.5))
+def test_on_a_device(module, case, dtype, name, monkeypatch):
+    monkeypatch.setenv("LEANTUNE_IMPL", name)
+    testing.accept(case, dtype, module.function, module.plain, getattr(module, "FACTOR", 1.5), device="cuda")

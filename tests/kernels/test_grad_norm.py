@@ -1,26 +1,17 @@
 """grad_norm and clip_factor against PyTorch's own clipping."""
 
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
 
-from cuda_host import host
+from helpers_kernels import forced
 from leantune_kernels.grad_norm import clip_factor, clip_grad_norm_, grad_norm, grad_norm_tensor
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
 
-
-@pytest.fixture(params=["reference", "cpu", TRITON, "cuda"], autouse=True)
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"], autouse=True)
 def implementation(request, monkeypatch):
-    if torch.cuda.is_available() and request.param in ("triton", "cuda"):
-        pytest.skip("tensors of the cpu run on neither where there is a device")
-    if request.param == "cuda":
-        with host.kernels("plain"):
-            yield "cuda"
-    else:
-        monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+    with forced(request.param, monkeypatch):
         yield request.param
 
 

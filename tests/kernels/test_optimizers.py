@@ -3,33 +3,24 @@
 Every implementation is asked: reference, C++, Triton (interpreted without a GPU) and CUDA (on the emulator).
 """
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cuda_host import host
+from helpers_kernels import forced
 from leantune_kernels.adamw import AdamWTable, adamw_step
 from leantune_kernels.adamw_8bit import adamw_8bit_step, zero_states
 from leantune_kernels.rmsprop import RMSpropTable, rmsprop_step
 from leantune_kernels.sgd import SGDTable, sgd_step
 from leantune_kernels.tensor_list import PIECE, halves, pieces, round_stochastically
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
 SHAPES = [(7,), (64, 33), (0, 5), (), (3, 683)]
 
 
-@pytest.fixture(params=["reference", "cpu", TRITON, "cuda"])
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def implementation(request, monkeypatch):
-    if torch.cuda.is_available() and request.param in ("triton", "cuda"):
-        pytest.skip("tensors of the cpu run on neither where there is a device")
-    if request.param == "cuda":
-        with host.kernels("plain"):
-            yield "cuda"
-    else:
-        monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+    with forced(request.param, monkeypatch):
         yield request.param
 
 
@@ -269,7 +260,7 @@ def test_any_sizes(sizes, optimizer, half):
     torch.testing.assert_close(*results, rtol=0.02 if half else 1e-5, atol=1e-3 if half else 1e-6)
 
 
-@pytest.mark.parametrize("name", [TRITON, "cuda"])
+@pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_offsets_beyond_2_31(name, monkeypatch):
     """Of a tensor of 2^31 + 5 elements the last piece alone is stepped: the rest is address space, never touched."""
     n = 2**31 + 5
@@ -282,11 +273,7 @@ def test_offsets_beyond_2_31(name, monkeypatch):
     table._pieces = pieces([n], p.device)[-1:]
     assert table._pieces.tolist() == [[0, 2**31]]
     numbers = {"step": 2, "lr": 0.25, "momentum": 0.5}
-    if name == "cuda":
-        with host.kernels("plain"):
-            table.step([g], **numbers)
-    else:
-        monkeypatch.setenv("LEANTUNE_IMPL", name)
+    with forced(name, monkeypatch):
         table.step([g], **numbers)
     assert p[-6:].tolist() == [1.0] + [0.0] * 5 and buffer[-6:].tolist() == [4.0] * 6
 
