@@ -2,6 +2,7 @@
 // rows are multiplied with the codes themselves.
 #include "../common/cuda_quantised.cuh"
 #include "../common/dynamic_map.h"
+#include "code_book.h"
 
 namespace lt_cuda {
 namespace {
@@ -12,22 +13,7 @@ constexpr int kPerThread = 8;                // weights, four bytes of codes
 constexpr int kHeld = 4;                     // times kPerThread weights on their way at once
 constexpr float kSmallest = 1.17549435e-38f; // 2^-126: below it 1 / absmax overflows
 
-__constant__ const float kCodeBook[16] = {-1.0f,
-                                          -0.6961928009986877f,
-                                          -0.5250730514526367f,
-                                          -0.39491748809814453f,
-                                          -0.28444138169288635f,
-                                          -0.18477343022823334f,
-                                          -0.09105003625154495f,
-                                          0.0f,
-                                          0.07958029955625534f,
-                                          0.16093020141124725f,
-                                          0.24611230194568634f,
-                                          0.33791524171829224f,
-                                          0.44070982933044434f,
-                                          0.5626170039176941f,
-                                          0.7229568362236023f,
-                                          1.0f};
+__constant__ const float kCodeBook[16] = {LT_NF4_CODE_BOOK};
 __device__ const float kDynamicMap[256] = {LT_DYNAMIC_MAP};
 
 struct Absmax { // as lt_nf4_dequantise takes them

@@ -1,6 +1,7 @@
 // NF4 codes to values: each block of 64 has a table of 16 values (code book times absmax), looked up by permutation.
 #pragma once
 
+#include "code_book.h"
 #include "dynamic_map.h"
 #include "stream.h"
 
@@ -11,22 +12,7 @@ namespace {
 constexpr int64_t kBlock = 64;      // weights that share an absolute maximum
 constexpr int64_t kBlockBytes = 32; // of their codes
 constexpr int64_t kGroup = 256;     // blocks whose absolute maxima share a scale
-constexpr float kCodeBook[16] = {-1.0f,
-                                 -0.6961928009986877f,
-                                 -0.5250730514526367f,
-                                 -0.39491748809814453f,
-                                 -0.28444138169288635f,
-                                 -0.18477343022823334f,
-                                 -0.09105003625154495f,
-                                 0.0f,
-                                 0.07958029955625534f,
-                                 0.16093020141124725f,
-                                 0.24611230194568634f,
-                                 0.33791524171829224f,
-                                 0.44070982933044434f,
-                                 0.5626170039176941f,
-                                 0.7229568362236023f,
-                                 1.0f};
+constexpr float kCodeBook[16] = {LT_NF4_CODE_BOOK};
 constexpr float kDynamicMap[256] = {LT_DYNAMIC_MAP};
 
 // Absolute maxima as they are stored: `values`, or where that is null 8-bit `codes` with scales and an offset.
