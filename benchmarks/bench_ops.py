@@ -6,12 +6,15 @@
 The shapes are the BENCHMARKS of each op's cases.py, the rivals its PEERS (on a GPU also `torch.compile` of the plain
 formula, and Liger Kernel where it is installed). Contenders run in turns, so that a machine that slows down slows all
 of them; a figure is the median. Bandwidth counts the op's compulsory bytes (cases.floor), not what was moved, and is
-given beside what a plain copy reaches in the same run. Memory is the peak above the inputs.
+given beside what a plain copy reaches in the same run. Memory is the peak above the inputs. On the CPU the process
+keeps the memory it frees while contenders race: else every large result of either would first be page faults, which a
+training loop that reuses its buffers does not have, and which cost more than most ops.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -90,6 +93,16 @@ def race(contenders: Contenders, seconds: float = SECONDS) -> dict[str, float]:
             times[name].append(timed(contenders[name]))
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether glibc's malloc reuses freed blocks of any size or hands them back to the system."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        libc.mallopt(trim_threshold, -1 if keep else 128 << 10)
+        libc.mallopt(mmap_max, 0 if keep else 65536)
+        libc.malloc_trim(0)
 
 
 def peak_memory(function: Callable[[], Any]) -> float:
@@ -191,7 +204,9 @@ def measure(op: str, shape: str, dtype: torch.dtype, backward: bool, rates: dict
     floor = cases.floor(**inputs)
     racing = contenders(cases, case, inputs, backward)
     memory = {name: peak_memory(function) for name, function in racing.items()}
+    keep_freed_memory(True)
     times = race(racing)
+    keep_freed_memory(False)
     moved = floor.forward_bytes + (floor.backward_bytes if backward else 0)
     flop = floor.forward_flop + (floor.backward_flop if backward else 0)
     picked = Op(f"leantune_kernels.{op}").pick(torch.empty(0, device=DEVICE, dtype=dtype))

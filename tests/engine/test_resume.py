@@ -255,6 +255,7 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tiny_directory, data, tm
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_directory, data, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     model = prepared(tiny_directory)
     t = trainer(model, data, out=tmp_path / "run")
     after = t._after_step
@@ -273,7 +274,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_directory, data, tmp_path):
     whole = prepared(tiny_directory)
     trainer(whole, data).fit(epochs=2)
     assert all(torch.equal(v, trained(again.model)[n]) for n, v in trained(whole).items())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_training_works_off_the_main_thread(tiny_directory, data):
