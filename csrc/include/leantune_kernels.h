@@ -224,7 +224,7 @@ LT_API int lt_adamw(const lt_parameter *list, int64_t tensors, double beta1, dou
  * states: m's codes (uint8), its absmax (fp32), v's codes, its absmax; all of it zeros at the start. After the update a
  * block's absmax is its largest magnitude and a code the entry that is nearest to value * (1 / absmax), the one nearer
  * to zero where two are as near; where absmax is below 2^-126 all are zero. tables: what
- * leantune_kernels/adamw_8bit/code_book.py makes by formula; 256 floats book_m and 256 book_v, ascending, then LT_CELLS
+ * leantune_kernels/dynamic_code_books.py makes by formula; 256 floats book_m and 256 book_v, ascending, then LT_CELLS
  * uint32 for |m| and as many for v. A cell is a number's upper 16 bits, counted from those of 2^-23; its entry is, in
  * the upper half, the rank in the book of the cell's lowest number, counted from 0's, and in the lower half the lower
  * 16 bits beyond which the next rank is nearer.
