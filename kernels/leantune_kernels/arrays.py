@@ -75,6 +75,12 @@ class View:
         copied.source, copied.dtype = self.source, dtype or self.dtype
         return copied
 
+    def only(self, chosen: np.ndarray) -> View:
+        """A dense copy of the rows that are True in `chosen`."""
+        copied = view(self.name, np.asarray(self)[chosen])
+        copied.source, copied.dtype = self.source, self.dtype
+        return copied
+
 
 def view(name: str, x: Any) -> View:
     """`x` as it lies in memory. TypeError or ValueError that names the argument if no kernel can read it there."""
@@ -145,10 +151,19 @@ def copied(x: View, out: Any, name: str = "out", dense: bool = False) -> View:
     return y
 
 
-def within(name: str, numbers: View, end: int, what: str) -> None:
-    """ValueError unless all of these are in [0, end)."""
+def apart(y: View, *inputs: View) -> None:
+    """ValueError where the result is an input that is still read after the writing has begun."""
+    for x in inputs:
+        if x.address == y.address and 0 not in y.shape:
+            raise ValueError(f"{y.name} is {x.name} itself, which is read until the end; pass another array")
+
+
+def within(name: str, numbers: View, end: int, what: str, chosen: np.ndarray | None = None) -> None:
+    """ValueError unless all of these, or those that are True in `chosen`, are in [0, end)."""
     values = np.asarray(numbers)
     wrong = (values < 0) | (values >= end)
+    if chosen is not None:
+        wrong &= chosen
     if wrong.any():
         at = int(wrong.argmax())
         raise ValueError(f"{name}[{at}]={values[at]} is outside [0, {end}), {what}")

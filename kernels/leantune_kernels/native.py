@@ -5,6 +5,7 @@ where they lie (copied where the last dimension is not contiguous). Results are 
 which must be writable: a NumPy array, a PyTorch tensor, a writable buffer, but no JAX array, which cannot be changed.
 A result in bfloat16 needs `out`, or an argument in ml_dtypes' bfloat16 as JAX has. Arithmetic and statistics are
 float32 whatever the storage. Every function raises ValueError or TypeError that names the argument which does not fit.
+Every op is here but gated_mlp: dense products around glu, without a kernel of its own.
 
 Shapes: T rows (tokens), H columns (hidden size), I columns (intermediate size), K inputs, N outputs, r rank, V
 vocabulary. Threads: as many as the process may use processors, or as OMP_NUM_THREADS says; see set_num_threads.
@@ -26,36 +27,56 @@ from leantune_kernels.native_layers import (
     embedding_backward,
     glu,
     glu_backward,
-    int8_dequantise,
-    int8_quantise,
     layer_norm,
     layer_norm_backward,
     rms_norm,
     rms_norm_backward,
     rope,
 )
-from leantune_kernels.native_training import (
+from leantune_kernels.native_optimizers import (
     adamw,
+    adamw_8bit,
     clip_factor,
-    cross_entropy,
     grad_norm,
+    rmsprop,
+    sgd,
+)
+from leantune_kernels.native_quantised import (
+    NF4Weight,
+    int8_dequantise,
+    int8_linear,
+    int8_quantise,
+    nf4_dequantise,
+    nf4_linear,
+    nf4_quantise,
+    pack_bf16,
+    unpack_bf16,
+)
+from leantune_kernels.native_training import (
+    bottleneck,
+    bottleneck_backward,
+    cross_entropy,
+    distillation,
     lora_linear,
     lora_linear_backward,
     low_rank_add,
     low_rank_gradients,
     low_rank_merge,
-    rmsprop,
-    sgd,
 )
 
 __all__ = [
+    "NF4Weight",
     "activation",
     "activation_backward",
     "adamw",
+    "adamw_8bit",
     "attention",
     "attention_backward",
+    "bottleneck",
+    "bottleneck_backward",
     "clip_factor",
     "cross_entropy",
+    "distillation",
     "dropout",
     "embedding",
     "embedding_backward",
@@ -63,6 +84,7 @@ __all__ = [
     "glu_backward",
     "grad_norm",
     "int8_dequantise",
+    "int8_linear",
     "int8_quantise",
     "layer_norm",
     "layer_norm_backward",
@@ -71,13 +93,18 @@ __all__ = [
     "low_rank_add",
     "low_rank_gradients",
     "low_rank_merge",
+    "nf4_dequantise",
+    "nf4_linear",
+    "nf4_quantise",
     "num_threads",
+    "pack_bf16",
     "rms_norm",
     "rms_norm_backward",
     "rmsprop",
     "rope",
     "set_num_threads",
     "sgd",
+    "unpack_bf16",
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from leantune_kernels import _native as lib
-from leantune_kernels.arrays import CODES, FLOATS, View, address, copied, indices, result, take, within
+from leantune_kernels.arrays import View, address, copied, indices, result, take, within
 
 Array = Any  # what has __dlpack__ or the buffer protocol
 
@@ -68,22 +68,35 @@ def rms_norm_backward(
 
 
 def layer_norm(
-    x: Array, weight: Array, bias: Array | None = None, eps: float = 1e-5, out: Array | None = None
-) -> tuple[Array, Array, Array]:
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    residual: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, ...]:
     """(y, mean, rstd): y = (x - mean) * rstd * weight + bias of `x` [T, H], in x's dtype; mean, rstd [T] float32.
 
-    bias [H] has weight's dtype. Ba et al. 2016, arXiv:1607.06450.
+    bias [H] has weight's dtype. With `residual` [T, H], (y, mean, rstd, s): the norm of s = x + residual. Ba et al.
+    2016, arXiv:1607.06450.
     """
     x_ = take("x", x, ("T", "H"))
     weight_ = take("weight", weight, x_.shape[1:], dense=True)
     bias_ = None if bias is None else take("bias", bias, x_.shape[1:], weight_.dtype, dense=True)
     y = result("out", out, x_.shape, x_.dtype, x_)
     mean, rstd = (result(name, None, x_.shape[:1], "float32") for name in ("mean", "rstd"))
-    lib.layer_norm_forward(
-        x_.code, x_.address, x_.row, weight_.code, weight_.address, address(bias_), y.address, y.row,
-        mean.address, rstd.address, *x_.shape, eps,
+    of_rows = (
+        weight_.code, weight_.address, address(bias_), y.address, y.row, mean.address, rstd.address, *x_.shape, eps,
     )  # fmt: skip
-    return y.source, mean.source, rstd.source
+    if residual is None:
+        lib.layer_norm_forward(x_.code, x_.address, x_.row, *of_rows)
+        return y.source, mean.source, rstd.source
+    residual_ = take("residual", residual, x_.shape, x_.dtype)
+    s = result("s", None, x_.shape, x_.dtype, x_)
+    lib.add_layer_norm_forward(
+        x_.code, x_.address, x_.row, residual_.address, residual_.row, s.address, s.row, *of_rows
+    )
+    return y.source, mean.source, rstd.source, s.source
 
 
 def layer_norm_backward(
@@ -98,7 +111,8 @@ def layer_norm_backward(
 ) -> tuple[Array, Array | None, Array | None]:
     """(dx [T, H], dweight [H], dbias [H]) for the upstream gradient `dy` [T, H] in x's dtype; the latter float32.
 
-    They are None without `need_gradients`. `residual` [T, H] is added to dx. `out` takes dx and may be dy.
+    They are None without `need_gradients`. `residual` [T, H], the gradient that reaches x past the norm, is added to
+    dx. `out` takes dx and may be dy. After a forward pass with a residual x is s, as for rms_norm_backward.
     """
     x_ = take("x", x, ("T", "H"))
     dy_ = take("dy", dy, x_.shape, x_.dtype)
@@ -325,26 +339,3 @@ def embedding_backward(
         dweight.row, dy_.shape[0], *shape, scale, -1 if padding_idx is None else padding_idx, False,
     )  # fmt: skip
     return dweight.source
-
-
-# ---- int8 ------------------------------------------------------------------------------------------------------------
-
-
-def int8_quantise(x: Array) -> tuple[Array, Array]:
-    """(codes int8 [T, H], scales float32 [T]) of `x` [T, H]: x is about codes * scales, row by row."""
-    x_ = take("x", x, ("T", "H"))
-    codes, scales = result("codes", None, x_.shape, "int8"), result("scales", None, x_.shape[:1], "float32")
-    lib.int8_quantise(x_.code, x_.address, x_.row, codes.address, scales.address, *x_.shape)
-    return codes.source, scales.source
-
-
-def int8_dequantise(codes: Array, scales: Array, dtype: str = "float32", out: Array | None = None) -> Array:
-    """codes * scales [T, H] in `dtype`, computed in float32 and rounded once; bfloat16 needs `out`."""
-    if dtype not in CODES:
-        raise ValueError(f"dtype={dtype!r} is none of {', '.join(FLOATS)}")
-    codes_ = take("codes", codes, ("T", "H"), "int8", dense=True)
-    scales_ = take("scales", scales, codes_.shape[:1], "float32", dense=True)
-    x = result("out", out, codes_.shape, dtype)
-    reused = int(out is not None)
-    lib.int8_dequantise(codes_.address, scales_.address, x.code, x.address, x.row, *codes_.shape, reused)
-    return x.source

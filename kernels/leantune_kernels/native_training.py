@@ -1,19 +1,20 @@
-"""What training adds to the layers, for leantune_kernels.native: low-rank layers, the loss and the optimizers."""
+"""What training adds to the layers, for leantune_kernels.native: adapters and the losses."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from leantune_kernels import _native as lib
-from leantune_kernels.arrays import FLOATS, View, copied, indices, result, take, within
+from leantune_kernels.arrays import View, address, apart, copied, indices, result, take, within
+from leantune_kernels.native_layers import ACTIVATIONS as GATED
 
 Array = Any  # what has __dlpack__ or the buffer protocol
 AdapterGradients = tuple[Array, Array]  # dA [r, K] and dB [N, r], float32
-Arrays = Sequence[Array]
+
+ACTIVATIONS = {**GATED, "relu": 3, "linear": 4}  # enum lt_activation
+MOST_RANK = 256  # of a bottleneck adapter
 
 # ---- low-rank linear -------------------------------------------------------------------------------------------------
 
@@ -27,6 +28,7 @@ def lora_linear(
     """
     x_, weight_, A_, B_ = _lora(x, weight, A, B)
     y = result("out", out, (x_.shape[0], weight_.shape[0]), "float32")
+    apart(y, x_)
     dense = np.asarray(y)
     np.matmul(np.asarray(x_), np.asarray(weight_).T, out=dense)
     if bias is not None:
@@ -45,6 +47,7 @@ def lora_linear_backward(
     x_, weight_, A_, B_ = _lora(x, weight, A, B)
     dy_ = take("dy", dy, (x_.shape[0], weight_.shape[0]), "float32")
     dx = result("out", out, x_.shape, "float32")
+    apart(dx, dy_, x_)
     np.matmul(np.asarray(dy_), np.asarray(weight_), out=np.asarray(dx))
     _low_rank_add(dx, dy_, B_, (B_.row, 1), A_, (A_.row, 1), scale)
     dA, dB = low_rank_gradients(x, dy, A, B, scale)
@@ -56,6 +59,7 @@ def low_rank_add(y: Array, x: Array, A: Array, B: Array, scale: float) -> Array:
     x_ = take("x", x, ("T", "K"))
     A_, B_ = _factors(A, B, x_.shape[1])
     y_ = result("y", y, (x_.shape[0], B_.shape[0]), x_.dtype)
+    apart(y_, x_)
     _low_rank_add(y_, x_, A_, (1, A_.row), B_, (1, B_.row), scale)
     return y
 
@@ -124,7 +128,80 @@ def _low_rank_add(
     )  # fmt: skip
 
 
-# ---- cross-entropy ---------------------------------------------------------------------------------------------------
+# ---- bottleneck adapter ----------------------------------------------------------------------------------------------
+
+
+def bottleneck(
+    x: Array,
+    down: Array,
+    up: Array,
+    down_bias: Array | None = None,
+    up_bias: Array | None = None,
+    scale: float = 1.0,
+    activation: str = "relu",
+    out: Array | None = None,
+) -> Array:
+    """y = x + scale * (act(x down^T + down_bias) up^T + up_bias), [T, H] in x's dtype; `out` must not be x.
+
+    x [T, H]; down [r, H], up [H, r], down_bias [r] and up_bias [H] float32, r at most 256. act: relu, silu, gelu,
+    gelu_tanh or linear. Houlsby et al. 2019, arXiv:1902.00751.
+    """
+    x_, down_, up_, down_bias_, code = _bottleneck(x, down, up, down_bias, activation)
+    up_bias_ = None if up_bias is None else take("up_bias", up_bias, x_.shape[1:], "float32", dense=True)
+    y = result("out", out, x_.shape, x_.dtype, x_)
+    apart(y, x_)
+    lib.bottleneck_forward(
+        x_.code, x_.address, x_.row, down_.address, address(down_bias_), up_.address, address(up_bias_), scale, code,
+        y.address, y.row, *x_.shape, down_.shape[0],
+    )  # fmt: skip
+    return y.source
+
+
+def bottleneck_backward(
+    dy: Array,
+    x: Array,
+    down: Array,
+    up: Array,
+    down_bias: Array | None = None,
+    scale: float = 1.0,
+    activation: str = "relu",
+    out: Array | None = None,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """(dx [T, H], ddown [r, H], dup [H, r], ddown_bias [r], dup_bias [H]) for the upstream gradient `dy` [T, H].
+
+    dy and dx have x's dtype, the others are float32; `out` takes dx and must be neither dy nor x. The activations are
+    formed again from x.
+    """
+    x_, down_, up_, down_bias_, code = _bottleneck(x, down, up, down_bias, activation)
+    dy_ = take("dy", dy, x_.shape, x_.dtype)
+    dx = result("out", out, x_.shape, x_.dtype, x_)
+    apart(dx, dy_, x_)
+    shapes = {"ddown": down_.shape, "dup": up_.shape, "ddown_bias": down_.shape[:1], "dup_bias": up_.shape[:1]}
+    ddown, dup, ddown_bias, dup_bias = (result(name, None, shape, "float32") for name, shape in shapes.items())
+    lib.bottleneck_backward(
+        x_.code, dy_.address, dy_.row, x_.address, x_.row, down_.address, address(down_bias_), up_.address, scale, code,
+        dx.address, dx.row, ddown.address, ddown_bias.address, dup.address, dup_bias.address,
+        *x_.shape, down_.shape[0],
+    )  # fmt: skip
+    return dx.source, ddown.source, dup.source, ddown_bias.source, dup_bias.source
+
+
+def _bottleneck(
+    x: Array, down: Array, up: Array, down_bias: Array | None, activation: str
+) -> tuple[View, View, View, View | None, int]:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+    x_ = take("x", x, ("T", "H"))
+    down_ = take("down", down, ("r", x_.shape[1]), "float32", dense=True)
+    rank = down_.shape[0]
+    if not 1 <= rank <= MOST_RANK:
+        raise ValueError(f"down has {rank} rows, the rank; it must be in [1, {MOST_RANK}]")
+    up_ = take("up", up, (x_.shape[1], rank), "float32", dense=True)
+    bias = None if down_bias is None else take("down_bias", down_bias, (rank,), "float32", dense=True)
+    return x_, down_, up_, bias, ACTIVATIONS[activation]
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 def cross_entropy(
@@ -144,171 +221,90 @@ def cross_entropy(
     targets [T] int64 or int32. `scale` is 1 / (number of other rows) where None, as for their mean. `out` takes
     dlogits and may be the logits themselves.
     """
-    logits_ = take("logits", logits, ("T", "V"), "float32")
-    targets_ = indices("targets", targets, logits_.shape[:1])
-    chosen = np.asarray(targets_) != ignore_index
-    count = int(chosen.sum())
-    factor = 1.0 / max(1, count) if scale is None else scale
-    whole = count == len(chosen)
-    gradient = result("out", out, logits_.shape, "float32")
-    if whole:
-        rows = copied(logits_, gradient.source)
-        labels = targets_
-    else:  # rows with a label next to one another, for the ones without need no exponentials
-        rows = result("rows", np.asarray(logits_)[chosen], (count, logits_.shape[1]), "float32")
-        labels = indices("targets", np.asarray(targets_)[chosen], (count,))
-    within("targets", labels, logits_.shape[1], f"the columns of logits, nor ignore_index={ignore_index}")
-    found = np.empty(count, np.float64)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1]")
+    loss = _Loss(logits, targets, ignore_index, scale, out)
     lib.cross_entropy_rows(
-        rows.address, rows.row, labels.address, 0, factor, label_smoothing, z_loss, True, found.ctypes.data, *rows.shape
-    )
-    losses = np.zeros(len(chosen), np.float64)
-    losses[chosen] = found
-    if not whole:
-        np.asarray(gradient)[...] = 0.0
-        np.asarray(gradient)[chosen] = np.asarray(rows)
-    return losses, gradient.source
+        loss.rows.address, loss.rows.row, address(loss.labels), 0, loss.scale, label_smoothing, z_loss, True,
+        loss.found.ctypes.data, *loss.rows.shape,
+    )  # fmt: skip
+    return loss.results()
 
 
-# ---- optimizers ------------------------------------------------------------------------------------------------------
-
-# lt_parameter of leantune_kernels.h
-_PARAMETER = np.dtype(
-    [(name, "i8") for name in ("size", "data", "master", "grad", "state0", "state1", "state2", "state3")]
-    + [("lr", "f8"), ("weight_decay", "f8"), ("dtype", "i8"), ("grad_dtype", "i8")]
-)
-Updated = tuple[list[Array], ...]  # the parameters and each kind of state, after a step
-
-
-def adamw(
-    params: Arrays,
-    grads: Arrays,
-    exp_avgs: Arrays,
-    exp_avg_sqs: Arrays,
+def distillation(
+    logits: Array,
+    teacher: Array,
+    targets: Array | None = None,
     *,
-    step: int,
-    lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    seed: int = 0,
-    out: tuple[Arrays, Arrays, Arrays] | None = None,
-) -> tuple[list[Array], list[Array], list[Array]]:
-    """(params, exp_avgs, exp_avg_sqs) after AdamW's step number `step`, counted from 1; torch.optim.AdamW's formula.
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    scale: float | None = None,
+    ignore_index: int = -100,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """(losses [T] float64, dlogits [T, V] float32), the latter the gradient of scale * sum(losses).
 
-    params: float32 of any shape, or bfloat16, rounded stochastically by noise of (seed, step); moments: float32; grads:
-    any float dtype. `out=(params, exp_avgs, exp_avg_sqs)` updates NumPy arrays in place, which saves copying them.
-    `grad_scale` multiplies every gradient, as for clipping. Loshchilov and Hutter 2019, arXiv:1711.05101.
+    losses = alpha * t^2 * KL(softmax(teacher / t) || softmax(logits / t)) + (1 - alpha) * (lse - logits[target]) with
+    the temperature t. `teacher` [T, V], of any float dtype, are logits; of probabilities p at that temperature pass
+    t * log(p). Without `targets` all rows count and alpha must be 1. The other arguments are those of `cross_entropy`.
+    Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
     """
-    update = _Update(params, grads, {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}, out, step, lr, weight_decay)
-    lib.adamw(*update.table, beta1, beta2, eps, grad_scale, step, seed)
-    p, m, v = update.results
-    return p, m, v
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha={alpha} is outside [0, 1]; it is the weight of the teacher's part")
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be positive and finite")
+    if alpha < 1 and targets is None:
+        raise ValueError(f"alpha={alpha} needs targets; without them use alpha=1.0")
+    loss = _Loss(logits, targets, ignore_index, scale, out, teacher)
+    (z,) = loss.beside
+    lib.distillation_rows(
+        loss.rows.address, loss.rows.row, z.code, z.address, z.row, address(loss.labels), 0, loss.scale,
+        alpha, temperature, True, loss.found.ctypes.data, *loss.rows.shape,
+    )  # fmt: skip
+    return loss.results()
 
 
-def sgd(
-    params: Arrays,
-    grads: Arrays,
-    momentum_buffers: Arrays,
-    *,
-    step: int,
-    lr: float,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    seed: int = 0,
-    out: tuple[Arrays, Arrays] | None = None,
-) -> tuple[list[Array], list[Array]]:
-    """(params, momentum_buffers) after a step of SGD by torch.optim.SGD's formula; arguments as those of `adamw`."""
-    update = _Update(params, grads, {"momentum_buffers": momentum_buffers}, out, step, lr, weight_decay)
-    lib.sgd(*update.table, momentum, 0.0, nesterov, grad_scale, step, seed)
-    p, b = update.results
-    return p, b
+class _Loss:
+    """The rows that count, next to one another, which the kernel overwrites by their gradient; and where that goes.
 
-
-def rmsprop(
-    params: Arrays,
-    grads: Arrays,
-    square_avgs: Arrays,
-    *,
-    step: int,
-    lr: float,
-    alpha: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    seed: int = 0,
-    out: tuple[Arrays, Arrays] | None = None,
-) -> tuple[list[Array], list[Array]]:
-    """(params, square_avgs) after a step of RMSprop by torch.optim.RMSprop's formula; arguments as those of `adamw`."""
-    update = _Update(params, grads, {"square_avgs": square_avgs}, out, step, lr, weight_decay)
-    lib.rmsprop(*update.table, alpha, eps, 0.0, grad_scale, step, seed)
-    p, v = update.results
-    return p, v
-
-
-class _Update:
-    """Arguments of a step: new arrays, or those of `out`, that hold the old values, and a list of lt_parameter."""
+    Rows without a label need no exponentials.
+    """
 
     def __init__(
         self,
-        params: Arrays,
-        grads: Arrays,
-        states: dict[str, Arrays],
-        out: Sequence[Arrays] | None,
-        step: int,
-        lr: float,
-        weight_decay: float,
+        logits: Array,
+        targets: Array | None,
+        ignore_index: int,
+        scale: float | None,
+        out: Array | None,
+        *teacher: Array,
     ) -> None:
-        if step < 1:
-            raise ValueError(f"step={step} must be 1 for the first update, then 2 and so on")
-        written = {"params": params, **states}
-        for name, arrays in [*written.items(), ("grads", grads)]:
-            if len(arrays) != len(params):
-                raise ValueError(f"{name} has {len(arrays)} arrays; params has {len(params)}")
-        self.grads = self._views("grads", grads, params, FLOATS)
-        self.written = []
-        for k, (name, arrays) in enumerate(written.items()):
-            views = self._views(name, arrays, params, ("float32", "bfloat16") if name == "params" else "float32")
-            targets = [None] * len(params) if out is None else out[k]
-            pairs = enumerate(zip(views, targets, strict=True))
-            self.written.append([copied(x, to, f"out[{k}][{i}]", dense=True) for i, (x, to) in pairs])
-        rows = np.zeros(len(params), _PARAMETER)
-        for row, p, g, *mine in zip(rows, self.written[0], self.grads, *self.written[1:], strict=True):
-            row["size"], row["data"], row["dtype"] = math.prod(p.shape), p.address, p.code
-            row["grad"], row["grad_dtype"], row["lr"], row["weight_decay"] = g.address, g.code, lr, weight_decay
-            for i, state in enumerate(mine):
-                row[f"state{i}"] = state.address
-        self.rows = rows
+        logits_ = take("logits", logits, ("T", "V"), "float32")
+        self.labels = None if targets is None else indices("targets", targets, logits_.shape[:1])
+        self.beside = [take("teacher", z, logits_.shape) for z in teacher]
+        self.gradient = result("out", out, logits_.shape, "float32")
+        apart(self.gradient, *self.beside)
+        self.chosen: np.ndarray | None = None  # where some rows do not count: which do
+        if self.labels is not None:
+            chosen = np.asarray(self.labels) != ignore_index
+            columns = f"the columns of logits, nor ignore_index={ignore_index}"
+            within("targets", self.labels, logits_.shape[1], columns, chosen)
+            if not chosen.all():
+                self.chosen, self.labels = chosen, self.labels.only(chosen)
+        if self.chosen is None:
+            self.rows = copied(logits_, self.gradient.source)
+        else:
+            self.rows = logits_.only(self.chosen)
+            self.beside = [z.only(self.chosen) for z in self.beside]
+        count = self.rows.shape[0]
+        self.scale = 1.0 / max(1, count) if scale is None else scale
+        self.found = np.empty(count, np.float64)
 
-    @staticmethod
-    def _views(name: str, arrays: Arrays, params: Arrays, dtypes: str | tuple[str, ...]) -> list[View]:
-        pairs = enumerate(zip(arrays, params, strict=True))
-        return [take(f"{name}[{i}]", x, np.shape(p), dtypes, dense=True) for i, (x, p) in pairs]
-
-    @property
-    def table(self) -> tuple[int, int]:
-        return self.rows.ctypes.data, len(self.rows)
-
-    @property
-    def results(self) -> list[list[Array]]:
-        return [[x.source for x in views] for views in self.written]
-
-
-def grad_norm(grads: Arrays) -> float:
-    """sqrt of the sum of squares of all elements of `grads`, float arrays of any shapes and dtypes; 0.0 for none."""
-    views = [take(f"grads[{i}]", g, ("...",) * np.ndim(g), dense=True) for i, g in enumerate(grads)]
-    rows, total = np.zeros(len(views), _PARAMETER), np.zeros(1)
-    for row, g in zip(rows, views, strict=True):
-        row["size"], row["grad"], row["grad_dtype"] = math.prod(g.shape), g.address, g.code
-    lib.sum_of_squares(rows.ctypes.data, len(rows), total.ctypes.data)
-    return math.sqrt(total[0])
-
-
-def clip_factor(norm: float, max_norm: float) -> float:
-    """What to multiply gradients of norm `norm` by for at most `max_norm`: grad_scale of the optimizers."""
-    factor = max_norm / (norm + 1e-6)
-    return 1.0 if factor > 1.0 else factor  # NaN stays NaN
+    def results(self) -> tuple[Array, Array]:
+        if self.chosen is None:
+            return self.found, self.gradient.source
+        losses, gradient = np.zeros(len(self.chosen), np.float64), np.asarray(self.gradient)
+        losses[self.chosen] = self.found
+        gradient[...] = 0.0
+        gradient[self.chosen] = np.asarray(self.rows)
+        return losses, self.gradient.source

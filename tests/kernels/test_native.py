@@ -86,6 +86,13 @@ def test_layer_norm(bias):
     close(dbias, wide(dy).sum(0))
 
 
+def test_layer_norm_of_a_sum():
+    x, residual, weight, bias = normal(3, 7), normal(3, 7), normal(7), normal(7)
+    *found, s = native.layer_norm(x, weight, bias, residual=residual)
+    assert np.array_equal(s, x + residual)
+    assert all(np.array_equal(a, b) for a, b in zip(found, native.layer_norm(s, weight, bias), strict=True))
+
+
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: x * 0.5 * np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)), otypes=[float])(x),
@@ -140,15 +147,6 @@ def test_embedding():
     wanted[4] = 0
     out = np.full((5, 3), np.nan, np.float16)
     close(native.embedding_backward(dy, ids, 5, scale=2.0, padding_idx=4, out=out), wanted, 1e-2)
-
-
-def test_int8_by_rows():
-    x = normal(4, 9)
-    x[2] = 0
-    codes, scales = native.int8_quantise(x)
-    close(scales, np.abs(wide(x)).max(1) / 127)
-    close(native.int8_dequantise(codes, scales), wide(codes) * wide(scales)[:, None])
-    assert np.abs(native.int8_dequantise(codes, scales) - x).max() <= scales.max() / 2 * 1.001
 
 
 def test_rope_turns_and_turns_back():
@@ -345,7 +343,8 @@ class OnAnotherDevice:
         raise AssertionError("not to be asked for")
 
 
-X, W = normal(2, 3), normal(3)
+X, W, S = normal(2, 3), normal(3), normal(3, 3)
+H = X.astype(np.float16)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +360,23 @@ X, W = normal(2, 3), normal(3)
         (lambda: native.rms_norm(X, W, out=np.asfortranarray(X)), "out has .* contiguous in its last dimension"),
         (lambda: native.rms_norm(OnAnotherDevice(), W), "x cannot be read .* device is of DLPack type 2; move it"),
         (lambda: native.rms_norm(torch.ones(2, 3, requires_grad=True), W), r"x cannot .* use tensor.detach\(\)"),
-        (lambda: native.cross_entropy(X, np.array([0, 3])), r"targets\[1\]=3 is outside \[0, 3\), the columns of"),
+        (lambda: native.cross_entropy(X, np.array([-100, 3])), r"targets\[1\]=3 is outside \[0, 3\), the columns of"),
+        (
+            lambda: native.cross_entropy(X, np.array([0, 0]), label_smoothing=2),
+            r"label_smoothing=2 is outside \[0, 1\]",
+        ),
+        (lambda: native.distillation(X, X), "alpha=0.5 needs targets; without them use alpha=1.0"),
+        (lambda: native.distillation(X, X, alpha=1.5), r"alpha=1.5 is outside \[0, 1\]"),
+        (lambda: native.distillation(X, X, alpha=1, temperature=0), "temperature=0 must be positive and finite"),
+        (lambda: native.distillation(X, X[:1], alpha=1), r"teacher is float32 of shape \[1, 3\]; .* of shape \[2, 3\]"),
+        (lambda: native.distillation(X, X, alpha=1, out=X), "out is teacher itself, which is read until the end"),
+        (lambda: native.bottleneck(X, X, X.T, activation="tanh"), "activation='tanh' is none of silu, gelu, gelu_tanh"),
+        (lambda: native.bottleneck(X, X[:0], X.T), r"down has 0 rows, the rank; it must be in \[1, 256\]"),
+        (lambda: native.bottleneck(X, X, X), r"up is float32 of shape \[2, 3\]; it must be float32 of shape \[3, 2\]"),
+        (lambda: native.bottleneck(X, X, X.T, out=X), "out is x itself, which is read until the end; pass another"),
+        (lambda: native.lora_linear(S, S, None, S, S, 1.0, out=S), "out is x itself"),
+        (lambda: native.lora_linear_backward(S, S, S, S, S, 1.0, out=S), "out is dy itself"),
+        (lambda: native.low_rank_add(S, S, S, S, 1.0), "y is x itself"),
         (lambda: native.glu(X, X, "relu"), "activation='relu' is none of silu, gelu, gelu_tanh"),
         (lambda: native.attention(X[None], X[None], X[None], [0, 1]), "cu_seqlens is a list"),
         (lambda: native.attention(X[None], X[None], X[None], np.array([0, 2])), r"cu_seqlens=\[0, 2\] must start at 0"),
@@ -371,6 +386,13 @@ X, W = normal(2, 3), normal(3)
         (lambda: native.adamw([X], [], [X], [X], step=1, lr=1.0), "grads has 0 arrays; params has 1"),
         (lambda: native.adamw([X], [W], [X], [X], step=1, lr=1.0), r"grads\[0\] is float32 of shape \[3\]"),
         (lambda: native.adamw([X], [X], [X], [X], step=0, lr=1.0), "step=0 must be 1 for the first update"),
+        (lambda: native.adamw([X], [X], [X], [X], step=1, lr=1.0, beta2=1), r"beta2=1 is outside \[0, 1\)"),
+        (lambda: native.sgd([X], [X], [X], step=1, lr=1.0, seed=-1), r"seed=-1 is outside \[0, 2\^64\)"),
+        (lambda: native.sgd([X], [X], [X], step=1, lr=1.0, out=([X],)), "out has 1 lists; it takes params, momentum_"),
+        (lambda: native.sgd([X], [X], [X], step=1, lr=1.0, out=([X], [])), r"out\[1\] has 0 arrays; params has 1"),
+        (lambda: native.sgd([X], [X], [X], step=1, lr=1.0, masters=[X]), r"params\[0\] is float32; masters\[0\] must"),
+        (lambda: native.sgd([H], [X], [X], step=1, lr=1.0), r"params\[0\] is float16, .*; give masters\[0\], its"),
+        (lambda: native.sgd([H], [X], [X], step=1, lr=1.0, masters=[]), "masters has 0 arrays; params has 1"),
         (lambda: native.low_rank_gradients(X, X, W[None], W[:, None], 1.0, accumulate=True), "needs `out`"),
     ],
 )

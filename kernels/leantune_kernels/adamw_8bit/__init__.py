@@ -1,7 +1,7 @@
 """AdamW with both moments in 8 bits, block-wise (Dettmers et al. 2022, arXiv:2110.02861), all tensors in one call.
 
 The formula is leantune_kernels.adamw's. Element e of a moment is book[code[e]] * absmax[e // 256]; the books are in
-code_book.py. The update itself is fp32 and uses the new moments before they are quantised.
+leantune_kernels.dynamic_code_books. The update itself is fp32 and uses the new moments before they are quantised.
 """
 
 from __future__ import annotations
