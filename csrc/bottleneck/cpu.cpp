@@ -198,16 +198,19 @@ void backward_block(const adapter &a, const gradients &g, const backward_tensors
 
 void finish(const adapter &a, const gradients &g, partial_sums sums) {
     const int64_t wide = whole_vectors(a.hidden);
-    parallel_for(quotient(a.hidden, kSlice), 1, [&](int64_t slice, int64_t, int) {
-        const int64_t begin = slice * kSlice, end = smaller(begin + kSlice, a.hidden);
+    parallel_for(1 + quotient(a.hidden, kSlice), 1, [&](int64_t task, int64_t, int) {
+        if (task == 0) {
+            if (g.down_bias)
+                finish_rows(sums, g.down_bias_at, a.r, 1, 0, a.rank, 1.0f, false, g.down_bias, a.rank);
+            return;
+        }
+        const int64_t begin = (task - 1) * kSlice, end = smaller(begin + kSlice, a.hidden);
         if (g.down)
             finish_rows(sums, g.down_at, wide, a.rank, begin, end, 1.0f, false, g.down, a.hidden);
         if (g.up)
             finish_columns(sums, g.up_at, wide, a.rank, begin, end, a.scale, false, g.up, a.rank);
         if (g.up_bias)
             finish_rows(sums, g.up_bias_at, wide, 1, begin, end, a.scale, false, g.up_bias, a.hidden);
-        if (g.down_bias && slice == 0)
-            finish_rows(sums, g.down_bias_at, a.r, 1, 0, a.rank, 1.0f, false, g.down_bias, a.rank);
     });
 }
 

@@ -107,15 +107,34 @@ namespace {
 
 thread_local bool inside = false; // a body that calls a kernel runs it on its own thread
 
-struct job {
+// Each thread begins with a run of neighbouring chunks, the same in every call over as many, so that what one kernel
+// wrote lies in the cache of the core that reads it in the next; who is done takes from the others.
+class job {
+    static constexpr int kMostShares = 64;
+    struct alignas(64) share { // a cache line each
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
     chunk_body body;
     void *context;
-    int64_t chunks;
-    std::atomic<int64_t> next{0};
+    int shares;
+    share of[kMostShares];
+
+  public:
+    job(chunk_body body, void *context, int64_t chunks, int threads)
+        : body(body), context(context), shares(threads < kMostShares ? threads : kMostShares) {
+        for (int64_t i = 0; i < shares; ++i) {
+            of[i].next.store(chunks / shares * i + chunks % shares * i / shares, std::memory_order_relaxed);
+            of[i].end = chunks / shares * (i + 1) + chunks % shares * (i + 1) / shares;
+        }
+    }
 
     void run(int thread) {
-        for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
-            body(context, chunk, thread);
+        for (int i = 0; i < shares; ++i) {
+            share &from = of[(thread + i) % shares];
+            for (int64_t chunk; (chunk = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;)
+                body(context, chunk, thread);
+        }
     }
 };
 
@@ -276,10 +295,7 @@ void parallel_chunks(int64_t chunks, chunk_body body, void *context) {
             body(context, chunk, 0);
         return;
     }
-    job j;
-    j.body = body;
-    j.context = context;
-    j.chunks = chunks;
+    job j(body, context, chunks, threads);
     if (runtime.parallel) {
         runtime.parallel([](void *p) { static_cast<job *>(p)->run(runtime.thread_num()); }, &j, (unsigned)threads, 0);
         return;

@@ -139,6 +139,10 @@ LT_INLINE void store(f16 *p, vf v) {
 #endif
 }
 
+// Asks for the memory 2 KiB behind p: where much is computed between two loads, the processor itself asks too late
+// (measured: a GELU beyond cache gets from 0.57 to 0.75 of a copy's bandwidth, a LayerNorm a tenth faster).
+LT_INLINE void prefetch(const void *p) { __builtin_prefetch(static_cast<const char *>(p) + 2048); }
+
 // The last n < W elements; lanes beyond are zero.
 template <class T> LT_INLINE vf load_part(const T *p, int64_t n) {
     vf v = {};

@@ -14,6 +14,7 @@ template <class T> moments row_moments(const T *x, int64_t cols) {
     const int64_t few = cols < 64 ? cols : 64;
     const float about = sum_over(few, [=](int64_t h, auto kind) { return get(x + h, kind); }) / (float)few;
     const two_sums sums = two_sums_over(cols, [=](int64_t h, auto kind, auto &sum, auto &squares) {
+        prefetch(x + h);
         const auto d = get(x + h, kind) - about;
         sum += d;
         squares += d * d;
@@ -26,6 +27,7 @@ template <class T> moments row_moments(const T *x, int64_t cols) {
 template <class T, class U>
 void normalise(const T *x, float mean, float rstd, const U *weight, const U *bias, T *y, int64_t cols) {
     for_row(cols, [=](int64_t h, auto kind) {
+        prefetch(y + h);
         auto v = (get(x + h, kind) - mean) * rstd * get(weight + h, kind);
         if (bias)
             v += get(bias + h, kind);
@@ -39,12 +41,15 @@ template <class T, class U>
 void input_gradient(const T *dy, const T *x, const U *weight, float mean, float rstd, const T *residual, T *dx,
                     int64_t cols) {
     const two_sums dots = two_sums_over(cols, [=](int64_t h, auto kind, auto &g_sum, auto &gx_sum) {
+        prefetch(dy + h);
+        prefetch(x + h);
         const auto g = get(dy + h, kind) * get(weight + h, kind);
         g_sum += g;
         gx_sum += g * (get(x + h, kind) - mean);
     });
     const float g_mean = dots.a / (float)cols, gn_mean = dots.b * rstd / (float)cols;
     for_row(cols, [=](int64_t h, auto kind) {
+        prefetch(dx + h);
         const auto g = get(dy + h, kind) * get(weight + h, kind), n = (get(x + h, kind) - mean) * rstd;
         auto v = (g - g_mean - n * gn_mean) * rstd;
         if (residual)

@@ -7,21 +7,29 @@ namespace {
 
 template <class T> float sum_of_squares(const T *x, int64_t cols) {
     return sum_over(cols, [=](int64_t h, auto kind) {
+        prefetch(x + h);
         const auto v = get(x + h, kind);
         return v * v;
     });
 }
 
 template <class T, class U> void scale_row(const T *x, const U *weight, float rstd, T *y, int64_t cols) {
-    for_row(cols, [=](int64_t h, auto kind) { put(y + h, get(x + h, kind) * rstd * get(weight + h, kind)); });
+    for_row(cols, [=](int64_t h, auto kind) {
+        prefetch(y + h);
+        put(y + h, get(x + h, kind) * rstd * get(weight + h, kind));
+    });
 }
 
 template <class T, class U>
 void backward_row(const T *dy, const T *x, const U *weight, float rstd, const T *residual, T *dx, int64_t cols) {
-    const float dot = sum_over(
-        cols, [=](int64_t h, auto kind) { return get(dy + h, kind) * get(weight + h, kind) * get(x + h, kind); });
+    const float dot = sum_over(cols, [=](int64_t h, auto kind) {
+        prefetch(dy + h);
+        prefetch(x + h);
+        return get(dy + h, kind) * get(weight + h, kind) * get(x + h, kind);
+    });
     const float correction = dot * rstd * rstd * rstd / (float)cols;
     for_row(cols, [=](int64_t h, auto kind) {
+        prefetch(dx + h);
         auto g = get(dy + h, kind) * get(weight + h, kind) * rstd - get(x + h, kind) * correction;
         if (residual)
             g += get(residual + h, kind);
