@@ -14,6 +14,13 @@ constexpr int64_t kTokensPerChunk = 32;
 constexpr int64_t kPiece = 64; // sorted ids whose rows one thread adds up
 constexpr int64_t kTableRowsPerChunk = 256;
 
+// The row that is needed next lies anywhere; from its beginning on the processor then goes on by itself.
+template <class T> void prefetch_row(const T *row, int64_t cols) {
+    const int64_t bytes = cols * (int64_t)sizeof(T) < 2048 ? cols * (int64_t)sizeof(T) : 2048;
+    for (int64_t at = 0; at < bytes; at += 64)
+        __builtin_prefetch((const char *)row + at);
+}
+
 template <class T, class U> void copy_scaled(const T *x, float scale, U *y, int64_t cols) {
     int64_t h = 0;
     for (; h + W <= cols; h += W)
@@ -169,8 +176,11 @@ LT_DEFINE(embedding_forward,
             const T *weight = static_cast<const T *>(weight_);
             U *y = static_cast<U *>(y_);
             parallel_for(tokens, kTokensPerChunk, [&](int64_t begin, int64_t end, int) {
-                for (int64_t t = begin; t < end; ++t)
+                for (int64_t t = begin; t < end; ++t) {
+                    if (t + 1 < tokens)
+                        prefetch_row(weight + ids[t + 1] * weight_stride, cols);
                     copy_scaled(weight + ids[t] * weight_stride, scale, y + t * y_stride, cols);
+                }
             });
             return (int)LT_OK;
         });

@@ -8,9 +8,6 @@ Shapes: T tokens, V rows of the table (vocabulary), H columns. ids [T] int64, we
 
 from __future__ import annotations
 
-import math
-import mmap
-
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -19,8 +16,6 @@ from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
 OP = Op(__name__, effects={"forward": Effects((3,)), "backward": Effects((2,))})
-
-LAZY_BYTES = 1 << 20
 
 
 def embedding(
@@ -97,18 +92,6 @@ def _check_padding(padding_idx: int | None, vocabulary: int) -> None:
         raise ValueError(f"padding_idx={padding_idx} is not a row of weight, [0, {vocabulary}); None for no padding")
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; large ones on the cpu are pages that the system gives when they are first written to.
-
-    A batch names few rows of a table: filling all the others would take many times as long as their gradient.
-    """
-    bytes_needed = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or bytes_needed < LAZY_BYTES:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, bytes_needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, ids, scale, padding_idx, dtype):  # type: ignore[no-untyped-def]
@@ -125,8 +108,6 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         shape, dtype = ctx.table
-        dweight = _zeros(shape, dtype, dy.device)
-        dy = dy.reshape(ids.shape[0], shape[1])
-        scale, padding_idx = ctx.options
-        dweight = backward(dy, ids, dweight, scale, padding_idx, accumulate=True)
+        dweight = torch.empty(shape, dtype=dtype, device=dy.device)
+        backward(dy.reshape(ids.shape[0], shape[1]), ids, dweight, *ctx.options)
         return dweight, None, None, None, None

@@ -30,7 +30,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk_rows: int = 256,
+    chunk_rows: int = 384,
     workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Loss of predicting `targets` [N] int64 from `hidden` [N, H] by the head `weight` [V, H] and `bias` [V].
@@ -60,7 +60,7 @@ def linear_distillation(
     temperature: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-    chunk_rows: int = 256,
+    chunk_rows: int = 384,
     workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Loss of `hidden` [N, H] under the head `weight` [V, H] and `bias` [V] against a teacher, and labels where given.
@@ -90,7 +90,7 @@ def forward(
     grad_scale: float = 1.0,
     need_dhidden: bool = True,
     need_dweight: bool = False,
-    chunk_rows: int = 256,
+    chunk_rows: int = 384,
     workspace: torch.Tensor | None = None,
 ) -> LossAndGradients:
     """(loss_sum, label_count, dhidden, dweight, dbias): summed loss and gradients of grad_scale * loss_sum.

@@ -85,7 +85,7 @@ def of_length(rows: int) -> Case:
 BENCHMARKS = {
     "SmolLM2-135M": _case(1600, 576, 49152, gradients=False),
     "SmolLM2-135M, distillation": _case(1600, 576, 49152, gradients=False, teacher="logits", temperature=2.0),
-    "Llama 7B": _case(512, 4096, 32000, gradients=False),
+    "Llama 7B": _case(1024, 4096, 32000, gradients=False),
 }
 
 
@@ -103,7 +103,7 @@ def contenders(hidden: torch.Tensor, weight: torch.Tensor, **inputs: Any) -> dic
         return torch.autograd.grad(loss(hidden=hidden, weight=weight, **rows, **options), hidden)[0]
 
     def chunks() -> list[torch.Tensor]:
-        parts = ({k: v[i : i + 256] for k, v in (rows | {"hidden": hidden[kept]}).items()} for i in range(0, n, 256))
+        parts = ({k: v[i : i + 384] for k, v in (rows | {"hidden": hidden[kept]}).items()} for i in range(0, n, 384))
         return [gradient(plain, part.pop("hidden"), part) for part in parts]
 
     n = int(kept.sum())

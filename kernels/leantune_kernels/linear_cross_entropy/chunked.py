@@ -41,7 +41,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.chunk_rows < 1:
-            raise ValueError(f"chunk_rows={self.chunk_rows} must be at least 1; 256 is the default")
+            raise ValueError(f"chunk_rows={self.chunk_rows} must be at least 1; 384 is the default")
 
 
 def loss(
