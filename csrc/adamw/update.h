@@ -16,12 +16,14 @@ LT_INLINE void update_lanes(vf *p, vf g, vf *m, vf *v, const adamw_numbers &u) {
     g *= u.grad_scale;
     *m += (g - *m) * u.rest1;
     *v = *v * u.beta2 + g * g * u.rest2;
-    *p = *p * u.decay - u.step_size * *m / (vsqrt(*v) * u.inverse_correction + u.eps);
+    *p = *p * u.decay - over_root(u.step_size * *m, *v, u.inverse_correction, u.eps);
 }
 
 LT_INLINE void update_chunk(float *p, const float *g, float *m, float *v, int64_t n, const adamw_numbers &u) {
     int64_t i = 0;
     for (; i + W <= n; i += W) {
+        prefetch(p + i);
+        prefetch(g + i);
         vf p_i = load(p + i), m_i = load(m + i), v_i = load(v + i);
         update_lanes(&p_i, load(g + i), &m_i, &v_i, u);
         store(p + i, p_i);

@@ -33,8 +33,6 @@ LT_INLINE vi gather(const int32_t *table, vi index) {
 #endif
 }
 
-typedef uint8_t vb __attribute__((vector_size(LT_W)));
-
 // All blocks' arrays have kBlock elements; of the codes in memory, n exist.
 LT_INLINE void decode(const uint8_t *codes, const float *book, float absmax, int n, float *x) {
     uint8_t whole[kBlock] = {};
@@ -43,7 +41,7 @@ LT_INLINE void decode(const uint8_t *codes, const float *book, float absmax, int
     for (int i = 0; i < kBlock; i += W) {
         vb c;
         memcpy(&c, codes + i, sizeof c);
-        store(x + i, (vf)gather(reinterpret_cast<const int32_t *>(book), __builtin_convertvector(c, vi)) * absmax);
+        store(x + i, (vf)gather(reinterpret_cast<const int32_t *>(book), (vi)widen_bytes(c)) * absmax);
     }
 }
 

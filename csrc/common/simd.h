@@ -26,6 +26,7 @@ typedef float vf __attribute__((vector_size(4 * LT_W)));
 typedef int32_t vi __attribute__((vector_size(4 * LT_W)));
 typedef uint32_t vu __attribute__((vector_size(4 * LT_W)));
 typedef uint16_t vh __attribute__((vector_size(2 * LT_W)));
+typedef uint8_t vb __attribute__((vector_size(LT_W)));
 
 struct bf16 {
     uint16_t bits;
@@ -136,6 +137,17 @@ LT_INLINE void store(f16 *p, vf v) {
 #else
     for (int i = 0; i < W; ++i)
         narrow(v[i], p + i);
+#endif
+}
+
+// By name where the instruction exists: GCC takes conversions over more than one doubling apart, lane by lane.
+LT_INLINE vu widen_bytes(vb bytes) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu8_epi32(_mm_set_epi64x(0, (int64_t)bytes));
+#else
+    return __builtin_convertvector(bytes, vu);
 #endif
 }
 

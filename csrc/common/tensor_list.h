@@ -160,6 +160,27 @@ LT_INLINE vf vsqrt(vf x) {
     return x;
 }
 
+// a / (sqrt(v) * factor + eps).
+LT_INLINE vf over_root(vf a, vf v, float factor, float eps) {
+#if defined(__AVX512F__)
+    // Root and quotient block the divider for 36 cycles a vector, more than memory takes. Estimates of 14 bits, each
+    // corrected once, are within 2 ulp of them. A lane where the correction meets 0 * infinity takes the long way.
+    const __mmask16 some = _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const vf r = (vf)_mm512_maskz_rsqrt14_ps(some, (__m512)v);
+    vf root = v * r;
+    root += (v - root * root) * (r * 0.5f);
+    const vf d = root * factor + eps, inverse = (vf)_mm512_rcp14_ps((__m512)d);
+    vf q = a * inverse;
+    q += (a - q * d) * inverse;
+    const vi plain = (d >= 0x1p-60f) & (d <= 0x1p60f) & (q - q == 0.0f);
+    if (__builtin_expect(_mm512_movepi32_mask((__m512i)plain) == 0xffff, 1))
+        return q;
+    return select(plain, q, a / (vsqrt(v) * factor + eps));
+#else
+    return a / (vsqrt(v) * factor + eps);
+#endif
+}
+
 } // namespace
 } // namespace LT_ISA
 } // namespace lt

@@ -29,20 +29,10 @@ LT_INLINE float absmax_at(const absmax_list &a, int64_t block) {
     return (float)((double)kDynamicMap[a.codes[block]] * (double)a.scales[block / kGroup] + (double)*a.offset);
 }
 
-typedef uint8_t vb __attribute__((vector_size(LT_W)));
 typedef uint8_t vb_half __attribute__((vector_size(LT_W / 2)));
 typedef uint64_t vq __attribute__((vector_size(4 * LT_W)));
 
-// By name where the instruction exists: GCC takes conversions over more than one doubling apart, lane by lane.
-LT_INLINE vu widen_bytes(vb bytes) {
-#if defined(__AVX512F__)
-    return (vu)_mm512_cvtepu8_epi32((__m128i)bytes);
-#elif defined(__AVX2__)
-    return (vu)_mm256_cvtepu8_epi32(_mm_set_epi64x(0, (int64_t)bytes));
-#else
-    return __builtin_convertvector(bytes, vu);
-#endif
-}
+// As widen_bytes of a whole vector.
 LT_INLINE vq widen_bytes(vb_half bytes) {
 #if defined(__AVX512F__)
     return (vq)_mm512_cvtepu8_epi64(_mm_set_epi64x(0, (int64_t)bytes));

@@ -17,7 +17,7 @@ LT_INLINE void update_lanes(vf *p, vf g, vf *v, vf *b, vf *a, bool centered, con
         *a += (g - *a) * u.rest;
         variance -= *a * *a;
     }
-    *b = *b * u.momentum + g / (vsqrt(variance) + u.eps);
+    *b = *b * u.momentum + over_root(g, variance, 1.0f, u.eps);
     *p -= u.lr * *b;
 }
 
