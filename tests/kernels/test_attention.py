@@ -4,7 +4,6 @@ The CUDA kernels run in the emulator of tests/cuda_host, the Triton kernels in T
 """
 
 from contextlib import nullcontext
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_host import host
+from helpers_kernels import each_of
 from leantune_kernels import attention as ops
 from leantune_kernels import testing
 from leantune_kernels.attention.cases import cumulative
@@ -21,21 +21,7 @@ LENGTHS = [5, 70, 0, 33, 130]
 HEADS, KV_HEADS, DIM = 4, 2, 24
 SCALE = DIM**-0.5
 
-
-TRITON = pytest.param(
-    "triton", marks=pytest.mark.skipif(not find_spec("triton") or torch.cuda.is_available(), reason="not interpreted")
-)
-
-
-@pytest.fixture(params=["reference", "cpu", TRITON, "cuda"], autouse=True, scope="module")
-def implementation(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANTUNE_IMPL", request.param)
-        if request.param == "cuda":
-            with host.kernels("plain"):
-                yield request.param
-        else:
-            yield request.param
+implementation = each_of("reference", "cpu", "triton", "cuda", autouse=True)
 
 
 def qkv_slices(buffer):

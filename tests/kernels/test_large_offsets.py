@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cuda_host import host
-from helpers_kernels import forced
+from helpers_kernels import each_of
 from leantune_kernels import (
     activation,
     activation_pack,
@@ -47,11 +47,7 @@ LARGE = 2**31
 LAYOUTS = {"stride": (2, LARGE + 64), "product": (3, LARGE // 2 + 64)}
 
 
-@pytest.fixture(params=["cpu", "triton", "cuda"])
-def implementation(request, monkeypatch):
-    torch.manual_seed(0)
-    with forced(request.param, monkeypatch):
-        yield request.param
+implementation = each_of("cpu", "triton", "cuda")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
