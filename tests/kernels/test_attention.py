@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cuda_host import host
@@ -128,11 +128,11 @@ def packs(draw):
     return lengths, kv_heads * draw(st.integers(1, 3)), kv_heads, draw(st.integers(1, 72)), draw(st.booleans()), window
 
 
+# The reference is the plain formula, and Triton's interpreter too slow; test_ops.py has the cases.
+@pytest.mark.parametrize("implementation", ["cpu", "cuda"], indirect=True)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(packs(), st.integers(0, 500))  # a longer sequence for the C++ kernel, which divides its keys from 384 on
-@settings(deadline=None, max_examples=25)
 def test_any_pack_is_within_plain_pytorchs_own_error(implementation, pack, longer):
-    if implementation in ("reference", "triton"):
-        pytest.skip("the reference is the plain formula, and the interpreter too slow; test_ops.py has the cases")
     lengths, heads, kv_heads, dim, causal, window = pack
     if implementation == "cpu":
         lengths = [*lengths, longer]

@@ -8,9 +8,9 @@ optimizers), since that takes gigabytes; and gated_mlp, whose kernel is that of 
 
 import importlib
 import math
+import mmap
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 
@@ -41,11 +41,10 @@ from leantune_kernels.rope.cases import tables
 from leantune_kernels.sgd import SGDTable
 from leantune_kernels.tensor_list import pieces
 
-COLS, TENSORS = 64, 10
+COLS, TENSORS = 128, 10
 LARGE = 2**31
-# A distance that 32 bits do not hold; and one that they do, of which the double they do not.
-LAYOUTS = {"stride": (2, LARGE + 64), "product": (3, LARGE // 2 + 64)}
-
+# (rows, distance between them): one distance is more than 32 bits hold, two are, or 64 are: a whole block of rows.
+LAYOUTS = {"one": (2, LARGE + 64), "two": (3, LARGE // 2 + 64), "block": (70, LARGE // 64 + 64)}
 
 implementation = each_of("cpu", "triton", "cuda")
 
@@ -58,9 +57,10 @@ def dtype(request):
 def untouched(*shape, dtype):
     """Zeros that take no memory before they are written; skips where the machine refuses the addresses."""
     try:
-        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
-    except MemoryError as error:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
         pytest.skip(f"this machine refuses the address space: {error}")
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class Far:
@@ -132,7 +132,7 @@ def test_rope(heads_first, interleaved, far, dtype):
 
     (q, far_q), (k, far_k) = ([view(t) for t in far.random(dtype)] for _ in range(2))
     cos, sin = tables(9, COLS // 4)
-    positions = torch.tensor([3, 8, 5][: q.shape[0]])
+    positions = torch.arange(q.shape[0]) % 9
     rope.apply_(q, cos, sin, positions, interleaved=interleaved, k=k)
     rope.apply_(far_q, cos, sin, positions, interleaved=interleaved, k=far_k)
     assert_equal((far_q, far_k), (q, k))
@@ -155,7 +155,8 @@ def test_activation(name, far, dtype):
 
 def test_embedding(far, dtype):
     (weight, far_weight), (dy, far_dy) = (far.random(dtype) for _ in range(2))
-    ids = torch.tensor([1, far.rows - 1, 0][: far.rows])
+    ids = torch.randint(far.rows, (far.rows,))
+    ids[0] = far.rows - 1
     assert torch.equal(embedding.forward(ids, far_weight, out=far.like(dy)), embedding.forward(ids, weight))
     wanted = embedding.backward(dy, ids, torch.empty_like(weight))
     assert torch.equal(embedding.backward(far_dy, ids, far.like(weight)), wanted)
@@ -166,7 +167,7 @@ def test_embedding(far, dtype):
 def test_cross_entropy_rows(far):
     logits, far_logits = far.random(torch.float32)
     op = linear_cross_entropy.OP.pick(logits)
-    options = {"targets": torch.tensor([3, 39, 63][: far.rows]), "row_scale": torch.rand(far.rows), "scale": 0.5}
+    options = {"targets": torch.randint(COLS, (far.rows,)), "row_scale": torch.rand(far.rows), "scale": 0.5}
     wanted, found = (
         op.cross_entropy_rows(logits=x, label_smoothing=0.1, z_loss=0.01, need_gradient=True, **options)
         for x in (logits, far_logits)
@@ -177,7 +178,7 @@ def test_cross_entropy_rows(far):
 def test_distillation_rows(far, dtype):
     (logits, far_logits), (teacher, far_teacher) = far.random(torch.float32), far.random(dtype)
     op = linear_cross_entropy.OP.pick(logits)
-    options = {"targets": torch.tensor([3, 39, 63][: far.rows]), "row_scale": None, "scale": 1.0}
+    options = {"targets": torch.randint(COLS, (far.rows,)), "row_scale": None, "scale": 1.0}
     wanted, found = (
         op.distillation_rows(logits=x, teacher=z, alpha=0.5, temperature=2.0, need_gradient=True, **options)
         for x, z in ((logits, teacher), (far_logits, far_teacher))
@@ -185,12 +186,16 @@ def test_distillation_rows(far, dtype):
     assert_equal((found, far_logits), (wanted, logits))
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_attention(heads_first, far, dtype):
-    """Tokens far apart, or heads."""
+@pytest.mark.parametrize(
+    ("far", "heads_first", "dim"),
+    [("one", False, 27), ("one", True, 64), ("two", False, 64), ("two", True, 27), ("block", False, 64)],
+    indirect=["far"],
+)
+def test_attention(heads_first, dim, far, dtype):
+    """Tokens far apart, or heads; head dimensions that vectors fit, and one that none does."""
 
     def view(t):
-        return t.unflatten(1, (2, COLS // 2)).transpose(0, int(heads_first))
+        return t.unflatten(1, (2, COLS // 2))[..., :dim].transpose(0, int(heads_first))
 
     (q, far_q), (k, far_k), (v, far_v), (do, far_do) = ([view(t) for t in far.random(dtype)] for _ in range(4))
     o, dq, dk, dv = (view(far.like(torch.empty(far.rows, COLS, dtype=dtype))) for _ in range(4))
@@ -311,44 +316,44 @@ def last_program_alone(implementation):
 
 
 on_devices = pytest.mark.parametrize("implementation", ["triton", "cuda"], indirect=True)
-WIDE = 2**18
+WIDE, LAST = 2**18, nf4.BLOCK
 
 
 def int8_zeros():
-    """Codes of more than 2^31 zeros, the last COLS of which are other numbers."""
+    """Codes of more than 2^31 zeros, the last LAST of which are other numbers."""
     codes, scales = untouched(LARGE // WIDE + 1, WIDE, dtype=torch.int8), torch.zeros(LARGE // WIDE + 1)
-    codes[-1, -COLS:], scales[-1] = torch.arange(COLS), 0.5
+    codes[-1, -LAST:], scales[-1] = torch.arange(LAST), 0.5
     return int8.Int8Weight(codes, scales, torch.float32)
 
 
 def nf4_zeros():
-    """More than 2^32 weights of absmax 0, so that their bytes are more than 2^31, but for the last COLS."""
+    """More than 2^32 weights of absmax 0, so that their bytes are more than 2^31, but for the last LAST."""
     rows = 2 * LARGE // WIDE + 1
     codes = untouched(rows * WIDE // 2, dtype=torch.uint8)
     absmax = untouched(rows * WIDE // nf4.BLOCK, dtype=torch.float32)
-    codes[-COLS // 2 :], absmax[-1] = torch.arange(COLS // 2) * 7 + 3, 2.0
+    codes[-LAST // 2 :], absmax[-1] = torch.arange(LAST // 2) * 7 + 3, 2.0
     return nf4.NF4Weight(codes, absmax, None, None, (rows, WIDE), torch.float32)
 
 
 def last_of_nf4(w):
-    last = nf4.NF4Weight(w.codes[-COLS // 2 :], w.absmax[-1:], None, None, (COLS,), torch.float32)
+    last = nf4.NF4Weight(w.codes[-LAST // 2 :], w.absmax[-1:], None, None, (LAST,), torch.float32)
     return nf4.dequantise(last)
 
 
 def check_product(linear, w, last, implementation):
     """Of one row of x, all zeros but where the weights are not."""
     x = torch.zeros(1, WIDE)
-    x[0, -COLS:] = torch.randn(COLS)
+    x[0, -LAST:] = torch.randn(LAST)
     y = torch.zeros(1, w.shape[0])
     with last_program_alone(implementation):
         linear(x, w, None, y)
-    torch.testing.assert_close(y[0, -1], x[0, -COLS:] @ last)
+    torch.testing.assert_close(y[0, -1], x[0, -LAST:] @ last)
     assert not y[0, :-1].any()
 
 
 def test_int8_product(implementation):
     w = int8_zeros()
-    check_product(int8.fused_linear, w, w.codes[-1, -COLS:] * w.scales[-1], implementation)
+    check_product(int8.fused_linear, w, w.codes[-1, -LAST:] * w.scales[-1], implementation)
 
 
 def test_nf4_product(implementation):
@@ -362,9 +367,9 @@ def test_int8_of_a_dense_weight(implementation):
     weight = untouched(*w.shape, dtype=torch.bfloat16)
     with last_program_alone(implementation):
         int8.dequantise(w, out=weight)
-    wanted = (w.codes[-1, -COLS:] * w.scales[-1]).bfloat16()
-    assert torch.equal(weight[-1, -COLS:], wanted) and wanted.any()
-    w.codes[-1, -COLS:], w.scales[-1] = 0, 0
+    wanted = (w.codes[-1, -LAST:] * w.scales[-1]).bfloat16()
+    assert torch.equal(weight[-1, -LAST:], wanted) and wanted.any()
+    w.codes[-1, -LAST:], w.scales[-1] = 0, 0
     with last_program_alone(implementation):
         int8.OP.pick(weight).quantise(weight, w.codes, w.scales)
     wanted = int8.quantise(weight[-1:])
@@ -378,22 +383,22 @@ def test_nf4_of_a_dense_weight(implementation):
     with last_program_alone(implementation):
         nf4.dequantise(w, out=weight)
     wanted = last_of_nf4(w)
-    assert torch.equal(weight[-1, -COLS:], wanted.bfloat16()) and wanted.any()
+    assert torch.equal(weight[-1, -LAST:], wanted.bfloat16()) and wanted.any()
     with last_program_alone(implementation):
         found = nf4.quantise(weight, False)
-    wanted = nf4.quantise(weight[-1, -COLS:], False)
-    assert_equal((found.codes[-COLS // 2 :], found.absmax[-1:]), (wanted.codes, wanted.absmax))
+    wanted = nf4.quantise(weight[-1, -LAST:], False)
+    assert_equal((found.codes[-LAST // 2 :], found.absmax[-1:]), (wanted.codes, wanted.absmax))
 
 
 @on_devices
 def test_dropout_of_a_dense_tensor(implementation):
     """As many elements as the last of all blocks ends with in CUDA, where blocks go through x in strides."""
     x = untouched(2 * LARGE, dtype=torch.bfloat16)
-    x[-COLS:] = torch.randn(COLS).bfloat16()
-    wanted = dropout.forward(x[-COLS:].clone(), 0.5, 3, 4 + len(x) - COLS)
+    x[-LAST:] = torch.randn(LAST).bfloat16()
+    wanted = dropout.forward(x[-LAST:].clone(), 0.5, 3, 4 + len(x) - LAST)
     with last_program_alone(implementation):
         dropout.forward(x, 0.5, 3, 4, out=x)
-    assert torch.equal(x[-COLS:], wanted) and wanted.any()
+    assert torch.equal(x[-LAST:], wanted) and wanted.any()
 
 
 @pytest.mark.parametrize("border", [LARGE, 2 * LARGE, 4 * LARGE, 8 * LARGE])
