@@ -1,8 +1,9 @@
 """Forcing one implementation of an op in a test: C++ at a level, Triton interpreted, CUDA emulated."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,28 @@ def forced(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip(f"this processor has no {level}")
     monkeypatch.setenv("LEANTUNE_IMPL", implementation)
     lib.set_isa(level or before)
-    yield
-    lib.set_isa(before)
+    try:
+        yield
+    finally:
+        lib.set_isa(before)
+
+
+def each_of(*names: str, autouse: bool = False) -> Any:
+    """A fixture for a test file, `implementation = each_of(...)`: tests run under each of these, seeded with 0."""
+
+    @pytest.fixture(params=names, autouse=autouse)
+    def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch, forced(request.param, patch):
+            yield request.param
+
+    return implementation
+
+
+def by_reference(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns when every op runs by its reference."""
+    with pytest.MonkeyPatch.context() as patch, forced("reference", patch):
+        return function(*arguments)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

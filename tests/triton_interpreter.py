@@ -3,7 +3,8 @@
 Importing this sets TRITON_INTERPRET, which Triton reads when kernels are defined, so it comes before them. `install`
 turns on the checks for integer overflow, and corrects two things in which the interpreter is not the device: fp32 is
 narrowed to bf16 by rounding to nearest even (it truncates), and a condition on scalars stays a condition when it is
-broadcast (it becomes an integer and is refused as a mask). `counted` says how many bytes kernels move.
+broadcast (it becomes an integer and is refused as a mask). `counted` says how many bytes kernels move;
+`last_program_alone` runs as much of a launch that would take hours.
 """
 
 from __future__ import annotations
@@ -67,6 +68,29 @@ def counted() -> Iterator[Traffic]:
         yield _counter
     finally:
         _counter = None
+
+
+@contextmanager
+def last_program_alone() -> Iterator[None]:
+    """Of every launch inside the block, the program with the largest number in each dimension alone is run."""
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+    kind, call = type(builder), executor.__call__
+
+    def call_last(self: Any, *args: Any, **kwargs: Any) -> None:
+        grid = (*self.grid, 1, 1)[:3]
+        self.grid = (1,)
+        builder.set_grid_dim = lambda *_: kind.set_grid_dim(builder, *grid)
+        builder.set_grid_idx = lambda *_: kind.set_grid_idx(builder, *(n - 1 for n in grid))
+        try:
+            call(self, *args, **kwargs)
+        finally:
+            del builder.set_grid_dim, builder.set_grid_idx
+
+    executor.__call__ = call_last
+    try:
+        yield
+    finally:
+        executor.__call__ = call
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:

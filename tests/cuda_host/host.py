@@ -53,6 +53,17 @@ def kernels(flavour: str) -> Iterator[ctypes.CDLL]:
             os.environ["LEANTUNE_IMPL"] = forced
 
 
+@contextmanager
+def last_block_alone() -> Iterator[None]:
+    """Of every launch of the plain kernels inside the block, the block with the largest index alone is run."""
+    plain = ctypes.CDLL(str(library("plain")))
+    plain.lt_host_last_block_alone(1)
+    try:
+        yield
+    finally:
+        plain.lt_host_last_block_alone(0)
+
+
 @dataclass(frozen=True)
 class Bytes:
     loaded: int

@@ -5,14 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers_kernels import each_of
 from leantune_kernels import activation
 from leantune_kernels.activation.reference import plain
 
-
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def implementation(request, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
-    torch.manual_seed(0)
+implementation = each_of("cpu", "reference", autouse=True)
 
 
 def exact_results(dy, x, name):

@@ -3,19 +3,10 @@
 import pytest
 import torch
 
-from helpers_kernels import DTYPES, IMPLEMENTATIONS, forced, same
+from helpers_kernels import DTYPES, IMPLEMENTATIONS, by_reference, each_of, same
 from leantune_kernels.activation_pack import Packed, pack, packed_saves, unpack
 
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch):
-    with forced(request.param, monkeypatch):
-        yield request.param
-
-
-def by_reference(function, *arguments):
-    with pytest.MonkeyPatch.context() as patch, forced("reference", patch):
-        return function(*arguments)
+implementation = each_of(*IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("mode", ["bf16", "int8"])

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from helpers_kernels import each_of
 from leantune_kernels.adamw import AdamWTable, adamw_step
 
 SHAPES = [(7,), (64, 33), (0, 5), (), (3, 8192)]
+
+implementation = each_of("reference", "cpu")
 
 
 def tensors(seed=0):
@@ -17,10 +20,8 @@ def zeros():
     return [torch.zeros(shape) for shape in SHAPES]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "cpu"])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_fifty_steps_of_torch_adamw(implementation, grad_dtype, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", implementation)
+def test_fifty_steps_of_torch_adamw(implementation, grad_dtype):
     lr, decay = [1e-2, 1e-3, 1e-3, 1e-2, 3e-3], [0.1, 0.0, 0.1, 0.0, 0.5]
     params, m, v = tensors(), zeros(), zeros()
     exact = [p.double().requires_grad_() for p in params]

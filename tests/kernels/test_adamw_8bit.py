@@ -3,16 +3,12 @@
 import pytest
 import torch
 
-from helpers_kernels import forced
+from helpers_kernels import each_of
 from leantune_kernels.adamw import AdamWTable
 from leantune_kernels.adamw_8bit import AdamW8bitTable, adamw_8bit_step, zero_states
 from leantune_kernels.adamw_8bit.code_book import BLOCK, CELLS, book, boundaries, cells, decode, encode
 
-
-@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
-def implementation(request, monkeypatch):
-    with forced(request.param, monkeypatch):
-        yield request.param
+implementation = each_of("reference", "cpu", "triton", "cuda")
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -4,14 +4,14 @@ The CUDA kernels run in the emulator of tests/cuda_host, the Triton kernels in T
 """
 
 from contextlib import nullcontext
-from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cuda_host import host
+from helpers_kernels import each_of
 from leantune_kernels import attention as ops
 from leantune_kernels import testing
 from leantune_kernels.attention.cases import cumulative
@@ -21,21 +21,7 @@ LENGTHS = [5, 70, 0, 33, 130]
 HEADS, KV_HEADS, DIM = 4, 2, 24
 SCALE = DIM**-0.5
 
-
-TRITON = pytest.param(
-    "triton", marks=pytest.mark.skipif(not find_spec("triton") or torch.cuda.is_available(), reason="not interpreted")
-)
-
-
-@pytest.fixture(params=["reference", "cpu", TRITON, "cuda"], autouse=True, scope="module")
-def implementation(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANTUNE_IMPL", request.param)
-        if request.param == "cuda":
-            with host.kernels("plain"):
-                yield request.param
-        else:
-            yield request.param
+implementation = each_of("reference", "cpu", "triton", "cuda", autouse=True)
 
 
 def qkv_slices(buffer):
@@ -142,11 +128,11 @@ def packs(draw):
     return lengths, kv_heads * draw(st.integers(1, 3)), kv_heads, draw(st.integers(1, 72)), draw(st.booleans()), window
 
 
+# The reference is the plain formula, and Triton's interpreter too slow; test_ops.py has the cases.
+@pytest.mark.parametrize("implementation", ["cpu", "cuda"], indirect=True)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(packs(), st.integers(0, 500))  # a longer sequence for the C++ kernel, which divides its keys from 384 on
-@settings(deadline=None, max_examples=25)
 def test_any_pack_is_within_plain_pytorchs_own_error(implementation, pack, longer):
-    if implementation in ("reference", "triton"):
-        pytest.skip("the reference is the plain formula, and the interpreter too slow; test_ops.py has the cases")
     lengths, heads, kv_heads, dim, causal, window = pack
     if implementation == "cpu":
         lengths = [*lengths, longer]

@@ -7,17 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers_kernels import forced
+from helpers_kernels import each_of
 from leantune_kernels import bottleneck as op
 from leantune_kernels.bottleneck import ACTIVATIONS, Weights, bottleneck
 from leantune_kernels.bottleneck.reference import plain
 
-
-@pytest.fixture(params=["reference", "cpu:base", "cpu:avx512", "triton", "cuda"], autouse=True)
-def implementation(request, monkeypatch):
-    torch.manual_seed(0)
-    with forced(request.param, monkeypatch):
-        yield request.param
+implementation = each_of("reference", "cpu:base", "cpu:avx512", "triton", "cuda", autouse=True)
 
 
 def tensors(rows, size, rank, dtype=torch.float32):

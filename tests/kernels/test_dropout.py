@@ -1,23 +1,15 @@
-"""Dropout's generator against its published answers, and its mask at every instruction level."""
+"""Dropout's generator against its published answers, and the same mask from every implementation."""
+
+import itertools
 
 import pytest
 import torch
 
-from cuda_host import host
-from leantune_kernels.cpu import lib
-from leantune_kernels.dropout import cuda_impl, dropout, forward, native_impl, reference, threshold
+from helpers_kernels import DTYPES, IMPLEMENTATIONS, LEVELS, each_of
+from leantune_kernels.dropout import dropout, forward, native_impl, reference, threshold
 
-LEVELS = ["base", "avx2", "avx512"]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    before = lib.isa()
-    if LEVELS.index(request.param) > LEVELS.index(before):
-        pytest.skip(f"this processor has no {request.param}")
-    lib.set_isa(request.param)
-    yield request.param
-    lib.set_isa(before)
+implementation = each_of(*IMPLEMENTATIONS)
+levels = pytest.mark.parametrize("implementation", [f"cpu:{level}" for level in LEVELS], indirect=True)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +25,8 @@ def test_philox_known_answers(counter, key, expected):
     assert reference.philox(torch.tensor([words[0]]), tuple(words[1])).tolist() == [words[2]]
 
 
-def test_first_words_of_the_cpp_generator(level):
+@levels
+def test_first_words_of_the_cpp_generator(implementation):
     """An element is kept if its word is at least the threshold: two thresholds pin each word at counter 0."""
     x = torch.ones(4)
     for i, word in enumerate((0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)):
@@ -41,9 +34,10 @@ def test_first_words_of_the_cpp_generator(level):
         assert native_impl.forward(x, word + 1, 1.0, 0, 0)[i] == 0
 
 
+@levels
 @pytest.mark.parametrize("offset", [0, 1, 254, 2**32 * 4 - 5, 2**62 + 3])
 @pytest.mark.parametrize("seed", [0, 12345, 2**64 - 1])
-def test_mask_is_the_references(level, seed, offset):
+def test_mask_is_the_references(implementation, seed, offset):
     for n in (1, 5, 255, 257, 40_000):
         x = torch.ones(n)
         for p in (0.05, 0.5, 0.999999):
@@ -51,30 +45,13 @@ def test_mask_is_the_references(level, seed, offset):
             assert torch.equal(native_impl.forward(x, threshold(p), 1.0, seed, offset), expected)
 
 
-def check_bits(implementation, dtypes):
-    """Values, not only masks: bit by bit the reference's."""
-    for n, offset in ((1, 0), (5, 0), (2051, 0), (2048, 4), (1027, 3), (700, 2**62 + 3)):
-        for seed in (0, 2**64 - 1):
-            for dtype in dtypes:
-                x = torch.randn(n).to(dtype)
-                arguments = (threshold(0.3), 1 / 0.7, seed, offset)
-                assert torch.equal(implementation.forward(x, *arguments), reference.forward(x, *arguments))
-
-
-def test_the_cuda_kernel_gives_the_references_bits():
-    x = torch.randn(1030)[3:]  # no multiple of 16 bytes
-    with host.kernels("plain"):
-        check_bits(cuda_impl, (torch.float32, torch.bfloat16, torch.float16))
-        arguments = (threshold(0.3), 1 / 0.7, 5, 8)
-        assert torch.equal(cuda_impl.forward(x, *arguments), reference.forward(x, *arguments))
-
-
-def test_the_triton_kernel_gives_the_references_bits():
-    """Not in bf16: the interpreter truncates where a device rounds."""
-    triton_impl = pytest.importorskip("leantune_kernels.dropout.triton_impl", reason="needs triton")
-    if triton_impl.refuses(torch.empty(0)):
-        pytest.skip(triton_impl.refuses(torch.empty(0)))
-    check_bits(triton_impl, (torch.float32, torch.float16))
+def test_values_are_the_references_bit_by_bit(implementation):
+    given = [torch.randn(1030)[3:]]  # no multiple of 16 bytes
+    for n in (1, 5, 2051, 2048, 1027, 700):
+        given += [torch.randn(n).to(dtype) for dtype in DTYPES]
+    for x, offset, seed in itertools.product(given, (0, 3, 8, 2**62 + 3), (0, 2**64 - 1)):
+        wanted = reference.forward(x, threshold(0.3), 1 / 0.7, seed, offset)
+        assert torch.equal(forward(x, 0.3, seed, offset), wanted)
 
 
 def test_mask_belongs_to_the_position():

@@ -7,14 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_host import host
-from leantune_kernels.embedding import backward, cuda_impl, embedding, forward
+from helpers_kernels import each_of
+from leantune_kernels.embedding import OP, backward, embedding, forward
 
-
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def implementation(request, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
-    torch.manual_seed(0)
-    return request.param
+implementation = each_of("cpu", "reference", autouse=True)
 
 
 def exact_gradient(dy, ids, vocabulary, scale=1.0, padding_idx=None):
@@ -125,28 +121,17 @@ def test_gradient_used_twice_and_zero_stride():
     assert torch.equal(twice, 2 * first)
 
 
-def check_unknown_ids(implementation):
+@pytest.mark.parametrize("implementation", ["triton", "cuda"], indirect=True)
+def test_unknown_ids(implementation):
     """What a device does with ids that nobody has checked: NaN forward, nothing backward."""
     weight, ids = torch.randn(5, 6), torch.tensor([4, 5, -1, 0, 2**40, 4])
-    y = torch.zeros(6, 6)
-    implementation.forward(ids, weight, 2.0, y)
+    y, op = torch.zeros(6, 6), OP.pick(weight)
+    op.forward(ids, weight, 2.0, y)
     known = torch.tensor([0, 3, 5])
     assert torch.equal(y[known], 2 * weight[ids[known]]) and y[[1, 2, 4]].isnan().all()
     dy, dweight = torch.randn(6, 6), torch.full((5, 6), torch.nan)
-    implementation.backward(dy, ids, dweight, 1.0, None, False)
+    op.backward(dy, ids, dweight, 1.0, None, False)
     torch.testing.assert_close(dweight.double(), exact_gradient(dy[known], ids[known], 5), rtol=1e-6, atol=1e-6)
-
-
-def test_unknown_ids_in_the_cuda_kernels():
-    with host.kernels("plain"):
-        check_unknown_ids(cuda_impl)
-
-
-def test_unknown_ids_in_the_triton_kernels():
-    triton_impl = pytest.importorskip("leantune_kernels.embedding.triton_impl", reason="needs triton")
-    if triton_impl.refuses(torch.empty(0)):
-        pytest.skip(triton_impl.refuses(torch.empty(0)))
-    check_unknown_ids(triton_impl)
 
 
 def test_cuda_bits_on_every_run_and_in_every_order():

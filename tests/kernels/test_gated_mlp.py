@@ -5,17 +5,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers_kernels import forced
+from helpers_kernels import each_of
 from leantune_kernels import gated_mlp as op
 from leantune_kernels.gated_mlp import ACTIVATIONS, Weights, gated_mlp
 from leantune_kernels.gated_mlp.reference import plain
 
-
-@pytest.fixture(params=["reference", "cpu", "triton", "cuda"], autouse=True)
-def implementation(request, monkeypatch):
-    torch.manual_seed(0)
-    with forced(request.param, monkeypatch):
-        yield
+implementation = each_of("reference", "cpu", "triton", "cuda", autouse=True)
 
 
 def tensors(rows, size, wide):

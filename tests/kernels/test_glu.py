@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers_kernels import each_of
 from leantune_kernels import glu
 from leantune_kernels.glu.reference import plain
 from leantune_kernels.testing import error
@@ -12,10 +13,7 @@ from leantune_kernels.testing import error
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def implementation(request, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
-    torch.manual_seed(0)
+implementation = each_of("cpu", "reference", autouse=True)
 
 
 def exact_results(dh, gate, up, activation):

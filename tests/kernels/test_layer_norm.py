@@ -5,15 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers_kernels import each_of
 from leantune_kernels import layer_norm, rms_norm
 from leantune_kernels.layer_norm.reference import plain
 from leantune_kernels.testing import error
 
-
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def implementation(request, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
-    torch.manual_seed(0)
+implementation = each_of("cpu", "reference", autouse=True)
 
 
 def parameters(cols, dtype=torch.float32):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers_kernels import each_of
 from leantune_kernels import testing
 from leantune_kernels.cpu import lib
 from leantune_kernels.linear_cross_entropy import (
@@ -25,9 +26,7 @@ def problem(rows=21, cols=12, vocab=90, ignored=0.3, seed=0):
     return hidden.requires_grad_(), weight.requires_grad_(), 2 * torch.randn(rows, vocab, generator=g), targets
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def implementation(request, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+implementation = each_of("cpu", "reference", autouse=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -7,16 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers_kernels import forced
+from helpers_kernels import each_of
 from leantune_kernels import dropout, low_rank
 from leantune_kernels.low_rank.reference import plain
 
-
-@pytest.fixture(params=["reference", "cpu", "triton", "cuda"], autouse=True)
-def implementation(request, monkeypatch):
-    torch.manual_seed(0)
-    with forced(request.param, monkeypatch):
-        yield request.param
+implementation = each_of("reference", "cpu", "triton", "cuda", autouse=True)
 
 
 def layer(inputs, outputs, rank, bias=True, dtype=torch.float32):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers_kernels import forced
+from helpers_kernels import each_of
 from leantune_kernels import low_rank
 from leantune_kernels.testing import error
 
@@ -17,11 +17,7 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=["reference", "cpu:base", "cpu:avx2", "cpu:avx512", "triton", "cuda"], autouse=True)
-def implementation(request, monkeypatch):
-    torch.manual_seed(0)
-    with forced(request.param, monkeypatch):
-        yield request.param
+implementation = each_of("reference", "cpu:base", "cpu:avx2", "cpu:avx512", "triton", "cuda", autouse=True)
 
 
 def inside(values, before=3, after=4):

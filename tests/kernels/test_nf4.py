@@ -1,16 +1,14 @@
-"""NF4: the same bits from every implementation, the layout's known answers, what cannot be quantised, traffic."""
+"""NF4: the same bits from every implementation, the layout's known answers, what cannot be quantised."""
 
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuda_host import host
-from helpers_kernels import DTYPES, IMPLEMENTATIONS, forced, same
+from helpers_kernels import DTYPES, IMPLEMENTATIONS, by_reference, each_of, forced, same
 from leantune_kernels import nf4
 from leantune_kernels.nf4.reference import BLOCK, CODE_BOOK, dynamic_map
 
@@ -18,15 +16,7 @@ HEADER = Path(__file__).parent.parent.parent / "csrc" / "common" / "dynamic_map.
 FIELDS = ("codes", "absmax", "scales", "offset")
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch):
-    with forced(request.param, monkeypatch):
-        yield request.param
-
-
-def by_reference(function, *arguments):
-    with pytest.MonkeyPatch.context() as patch, forced("reference", patch):
-        return function(*arguments)
+implementation = each_of(*IMPLEMENTATIONS)
 
 
 def assert_same(a, b):
@@ -152,34 +142,6 @@ def test_the_two_products_agree(rows, implementation):
     torch.testing.assert_close(nf4.linear(x, w, bias), found, rtol=0, atol=0)
 
 
-def test_a_buffer_is_used_and_may_be_shared():
-    x, buffer = torch.randn(2, 40, 64, requires_grad=True), torch.full((48, 64), torch.nan)
-    first, second = (nf4.quantise(torch.randn(48, 64)) for _ in range(2))
-    y = nf4.linear(x, first, buffer=buffer) * nf4.linear(x, second, buffer=buffer)
-    (found,) = torch.autograd.grad(y.sum(), x)
-    a, b = (nf4.dequantise(w) for w in (first, second))
-    (wanted,) = torch.autograd.grad(((x @ a.t()) * (x @ b.t())).sum(), x)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert torch.equal(buffer, a) or torch.equal(buffer, b)
-    with torch.no_grad():
-        assert not nf4.linear(x, first).requires_grad
-
-
-def test_codes_beyond_2_to_the_31(monkeypatch):
-    """Weights that are address space alone but for one row, the last: all others have absmax 0."""
-    inputs = 2**24
-    outputs = 2**31 // inputs + 1
-    monkeypatch.setenv("LEANTUNE_IMPL", "cpu")
-    codes = torch.from_numpy(np.zeros(inputs * outputs // 2, dtype=np.uint8))
-    absmax = torch.from_numpy(np.zeros(inputs * outputs // BLOCK, dtype=np.float32))
-    codes[-2], absmax[-1] = 0xF0, 2.0  # 2 and -2 in the last row's last block, whose other codes are 0, or -2, too
-    w = nf4.NF4Weight(codes, absmax, None, None, (outputs, inputs), torch.float32)
-    x = torch.zeros(1, inputs)
-    x[0, -4] = 1
-    y = nf4.linear(x, w)
-    assert y[0, -1] == 2 and y[0, :-1].count_nonzero() == 0
-
-
 def test_errors_name_the_argument():
     w = nf4.quantise(torch.randn(6, 64))
     x = torch.randn(2, 64)
@@ -203,43 +165,3 @@ def test_errors_name_the_argument():
     for name, bad in (("codes", w.codes[:-1]), ("absmax", w.absmax.float()), ("offset", None)):
         with pytest.raises(ValueError, match=rf"w\.{name} is"):
             nf4.linear(x, nf4.NF4Weight(**{**short, name: bad}, shape=w.shape, dtype=w.dtype))
-
-
-def parts(dtype):
-    """(what to run, bytes it must move) of each kernel, for a weight [64, 1024] and four rows of x."""
-    weight, x = torch.randn(64, 1024).to(dtype), torch.randn(4, 1024).to(dtype)
-    w, out, y = nf4.quantise(weight, False), torch.empty_like(weight), torch.empty(4, 64, dtype=dtype)
-    stored = w.codes.nbytes + w.absmax.nbytes
-    return {
-        "quantise": (lambda: nf4.quantise(weight, False), weight.nbytes + stored),
-        "dequantise": (lambda: nf4.dequantise(w, out=out), weight.nbytes + stored),
-        "linear": (lambda: nf4.fused_linear(x, w, None, y), stored + x.nbytes + y.nbytes),
-    }
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("name", ["quantise", "dequantise", "linear"])
-def test_traffic_is_near_its_floor(name, dtype, monkeypatch):
-    triton_interpreter = pytest.importorskip("triton_interpreter")
-    with host.kernels("traced") as traced:
-        run, least = parts(dtype)[name]
-        traced.lt_host_traffic_reset()
-        run()
-        moved = host.total(traced)
-        assert moved.loaded + moved.stored <= 1.1 * least
-    with forced("triton", monkeypatch):
-        run, least = parts(dtype)[name]
-        with triton_interpreter.counted() as traffic:
-            run()
-        assert traffic.loaded + traffic.stored <= 1.1 * least
-
-
-def test_an_output_larger_than_the_caches(monkeypatch):
-    """It is written past them, in every storage type, and the odd end beside."""
-    weight = torch.randn(4 * 2**20 + 77)
-    for level in ("base", "avx2", "avx512"):
-        with monkeypatch.context() as patch, forced(f"cpu:{level}", patch):
-            w = nf4.quantise(weight)
-            for dtype in DTYPES:
-                out = torch.full_like(weight, torch.nan, dtype=dtype)
-                assert torch.equal(nf4.dequantise(w, out=out), by_reference(nf4.dequantise, w, dtype))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers_kernels import forced
+from helpers_kernels import each_of
 from leantune_kernels.adamw import AdamWTable, adamw_step
 from leantune_kernels.adamw_8bit import adamw_8bit_step, zero_states
 from leantune_kernels.rmsprop import RMSpropTable, rmsprop_step
@@ -18,10 +18,7 @@ from leantune_kernels.tensor_list import PIECE, halves, pieces, round_stochastic
 SHAPES = [(7,), (64, 33), (0, 5), (), (3, 683)]
 
 
-@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
-def implementation(request, monkeypatch):
-    with forced(request.param, monkeypatch):
-        yield request.param
+implementation = each_of("reference", "cpu", "triton", "cuda")
 
 
 def normal(seed, dtype=torch.float32, shapes=SHAPES):
@@ -258,24 +255,6 @@ def test_any_sizes(sizes, optimizer, half):
             optimizer(params, normal(1, dtype, [(n,) for n in sizes]), new_states(params), step=1, lr=1e-2)
             results.append(torch.cat(params))
     torch.testing.assert_close(*results, rtol=0.02 if half else 1e-5, atol=1e-3 if half else 1e-6)
-
-
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_offsets_beyond_2_31(name, monkeypatch):
-    """Of a tensor of 2^31 + 5 elements the last piece alone is stepped: the rest is address space, never touched."""
-    n = 2**31 + 5
-    try:
-        p, g, buffer = torch.empty(n), torch.empty(n, dtype=torch.bfloat16), torch.empty(n)
-    except RuntimeError as error:
-        pytest.skip(f"this machine refuses 20 GiB of address space: {error}")
-    p[-6:], g[-6:], buffer[-6:] = 1.0, 2.0, 4.0
-    table = SGDTable([p], [buffer])
-    table._pieces = pieces([n], p.device)[-1:]
-    assert table._pieces.tolist() == [[0, 2**31]]
-    numbers = {"step": 2, "lr": 0.25, "momentum": 0.5}
-    with forced(name, monkeypatch):
-        table.step([g], **numbers)
-    assert p[-6:].tolist() == [1.0] + [0.0] * 5 and buffer[-6:].tolist() == [4.0] * 6
 
 
 # ---- errors

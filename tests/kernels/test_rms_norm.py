@@ -3,12 +3,10 @@
 import pytest
 import torch
 
+from helpers_kernels import each_of
 from leantune_kernels import rms_norm
 
-
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def implementation(request, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
+implementation = each_of("cpu", "reference", autouse=True)
 
 
 def test_raw_forms_name_what_does_not_fit():

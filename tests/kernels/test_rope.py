@@ -5,17 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cuda_host import host
+from helpers_kernels import each_of
 from leantune_kernels import rope
-from leantune_kernels.rope import cuda_impl
 from leantune_kernels.rope.cases import tables
 from leantune_kernels.rope.reference import plain
 
-
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def implementation(request, monkeypatch):
-    monkeypatch.setenv("LEANTUNE_IMPL", request.param)
-    torch.manual_seed(0)
+implementation = each_of("cpu", "reference", autouse=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 33])
@@ -127,26 +122,15 @@ def test_a_gradient_used_twice():
     torch.testing.assert_close(gradient, 2 * once)
 
 
-def check_unknown_positions(implementation):
+@pytest.mark.parametrize("implementation", ["triton", "cuda"], indirect=True)
+def test_unknown_positions(implementation):
     """What a device does with positions that nobody has checked."""
     x, (cos, sin) = torch.randn(4, 2, 10), tables(5, 3)
     y = x.clone()
-    implementation.apply_(y, None, cos, sin, torch.tensor([4, 5, -1, 0]), False, False)
+    rope.OP.pick(x).apply_(y, None, cos, sin, torch.tensor([4, 5, -1, 0]), False, False)
     assert y[[1, 2], :, :6].isnan().all() and torch.equal(y[..., 6:], x[..., 6:])
     wanted = plain(x[[0, 3]], cos, sin, torch.tensor([4, 0]))
     torch.testing.assert_close(y[[0, 3]], wanted, rtol=0, atol=1e-6)
-
-
-def test_unknown_positions_in_the_cuda_kernel():
-    with host.kernels("plain"):
-        check_unknown_positions(cuda_impl)
-
-
-def test_unknown_positions_in_the_triton_kernel():
-    triton_impl = pytest.importorskip("leantune_kernels.rope.triton_impl", reason="needs triton")
-    if triton_impl.refuses(torch.empty(0)):
-        pytest.skip(triton_impl.refuses(torch.empty(0)))
-    check_unknown_positions(triton_impl)
 
 
 def test_errors_name_the_argument():

@@ -13,7 +13,7 @@ from leantune_kernels.testing import Case, Floor, normal
 
 __all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "contenders", "floor", "function", "plain"]
 
-MEMORY_BOUND = False  # `function` quantises as well; tests/kernels/test_int8.py holds each part against its floor
+MEMORY_BOUND = False  # `function` quantises as well; test_quantised_weights.py holds each part against its floor
 
 
 def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -39,7 +39,8 @@ def _project_kernel(
     k = tl.arange(0, BLOCK_K)
     t_in, r_in = (t < rows)[:, None], (r < R)[None, :]
     x_at = x_ptr + t.to(tl.int64)[:, None] * x_stride + k[None, :]
-    p_at = p_ptr + k[:, None] * p_k + r[None, :] * p_r
+    p_at = p_ptr + k.to(tl.int64)[:, None] * p_k + r.to(tl.int64)[None, :] * p_r
+    p_step = tl.to_tensor(p_k).to(tl.int64) * BLOCK_K
     total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for begin in range(0, K, BLOCK_K):
         left = K - begin
@@ -47,7 +48,7 @@ def _project_kernel(
         p = tl.load(p_at, mask=(k < left)[:, None] & r_in, other=0.0).to(DOT)
         total = tl.dot(x, p, total, input_precision="ieee")
         x_at += BLOCK_K
-        p_at += BLOCK_K * p_k
+        p_at += p_step
     tl.store(s_ptr + t.to(tl.int64)[:, None] * s_stride + r[None, :], total, mask=t_in & r_in)
 
 
@@ -71,20 +72,21 @@ def _product_kernel(
 
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + t_wide[:, None] * x_stride + k[None, :]
-    m_at = m_ptr + k[:, None] * m_k + n_wide[None, :] * m_n
+    m_at = m_ptr + k.to(tl.int64)[:, None] * m_k + n_wide[None, :] * m_n
+    m_step = tl.to_tensor(m_k).to(tl.int64) * BLOCK_K
     for begin in range(0, K, BLOCK_K):
         left = K - begin
         x = tl.load(x_at, mask=t_in & (k < left)[None, :], other=0.0).to(DOT)
         m = tl.load(m_at, mask=(k < left)[:, None] & n_in, other=0.0).to(DOT)
         total = tl.dot(x, m, total, input_precision="ieee")
         x_at += BLOCK_K
-        m_at += BLOCK_K * m_k
+        m_at += m_step
 
     for begin in range(0, R, BLOCK_R):
         r = begin + tl.arange(0, BLOCK_R)
         r_in = r < R
         s = tl.load(s_ptr + t_wide[:, None] * s_stride + r[None, :], mask=t_in & r_in[None, :], other=0.0)
-        q = tl.load(q_ptr + r[:, None] * q_r + n_wide[None, :] * q_n, mask=r_in[:, None] & n_in, other=0.0)
+        q = tl.load(q_ptr + r.to(tl.int64)[:, None] * q_r + n_wide[None, :] * q_n, mask=r_in[:, None] & n_in, other=0.0)
         total = tl.dot(s.to(DOT), (q * scale).to(DOT), total, input_precision="ieee")
 
     if bias_ptr is not None:

@@ -356,6 +356,8 @@ static void prepare() {
     }
 }
 
+static bool last_block_alone; // of a launch: what lies at its far end is looked at without running all before it
+
 int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void (*body)(const void *),
            const void *context) {
     static std::mutex one_at_a_time;
@@ -377,9 +379,10 @@ int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void 
     for (unsigned t = 0; t < threads; ++t)
         block.threads[t].index = {t % size.x, t / size.x % size.y, t / size.x / size.y};
     trace_launch();
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
+    const unsigned one = last_block_alone;
+    for (unsigned z = one * (grid.z - 1); z < grid.z; ++z)
+        for (unsigned y = one * (grid.y - 1); y < grid.y; ++y)
+            for (unsigned x = one * (grid.x - 1); x < grid.x; ++x) {
                 block_index = {x, y, z};
                 if (!run_block()) {
                     for (unsigned t = 0; t < threads; ++t) {
@@ -398,6 +401,11 @@ int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void 
 // Returns 0, or -1 for a text that is not "forward", "reverse" or "random:SEED".
 extern "C" __attribute__((visibility("default"))) int lt_host_order(const char *text) {
     return lt_host::set_order(text) ? 0 : -1;
+}
+
+// Whether launches run their last block alone.
+extern "C" __attribute__((visibility("default"))) void lt_host_last_block_alone(int yes) {
+    lt_host::last_block_alone = yes;
 }
 
 const char *cudaGetErrorString(cudaError_t error) {
