@@ -37,7 +37,7 @@ __device__ inline void adamw_update(float &p, float g, float &m, float &v, const
                                     const AdamwRates &rates) {
     g *= u.grad_scale;
     m += (g - m) * u.rest1;
-    v = v * u.beta2 + g * g * u.rest2;
+    v = v * u.beta2 + g * u.rest2 * g;
     p = p * rates.decay - rates.step_size * m / (sqrtf(v) * u.correction + u.eps);
 }
 

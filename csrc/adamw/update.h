@@ -15,7 +15,7 @@ struct adamw_numbers {
 LT_INLINE void update_lanes(vf *p, vf g, vf *m, vf *v, const adamw_numbers &u) {
     g *= u.grad_scale;
     *m += (g - *m) * u.rest1;
-    *v = *v * u.beta2 + g * g * u.rest2;
+    *v = *v * u.beta2 + g * u.rest2 * g;
     *p = *p * u.decay - over_root(u.step_size * *m, *v, u.inverse_correction, u.eps);
 }
 

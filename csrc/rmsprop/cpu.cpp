@@ -11,7 +11,7 @@ struct rmsprop_numbers {
 
 LT_INLINE void update_lanes(vf *p, vf g, vf *v, vf *b, vf *a, bool centered, const rmsprop_numbers &u) {
     g = g * u.grad_scale + *p * u.weight_decay;
-    *v = *v * u.alpha + g * g * u.rest;
+    *v = *v * u.alpha + g * u.rest * g;
     vf variance = *v;
     if (centered) {
         *a += (g - *a) * u.rest;

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kListThreads)
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
             const float d = g[k] * u.grad_scale + p[k] * weight_decay;
-            v[k] = v[k] * u.alpha + d * d * u.rest;
+            v[k] = v[k] * u.alpha + d * u.rest * d;
             a[k] = mean ? a[k] + (d - a[k]) * u.rest : 0.0f;
             b[k] = b[k] * u.momentum + d / (sqrtf(v[k] - a[k] * a[k]) + u.eps);
             p[k] -= lr * b[k];

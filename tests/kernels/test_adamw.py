@@ -8,7 +8,7 @@ from leantune_kernels.adamw import AdamWTable, adamw_step
 
 SHAPES = [(7,), (64, 33), (0, 5), (), (3, 8192)]
 
-implementation = each_of("reference", "cpu")
+implementation = each_of("reference", "cpu", "cuda")
 
 
 def tensors(seed=0):
@@ -98,3 +98,18 @@ def test_errors_name_the_tensor():
     ]:
         with pytest.raises(ValueError, match=message):
             adamw_step([p], [p], [p.clone()], [p.clone()], **numbers)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0, 1e-30])
+def test_gradients_of_any_size_update_as_in_torch(implementation, eps):
+    """Where the moments under- or overflow, and where eps is 0; each beside ordinary elements of the same vector."""
+    sizes = torch.tensor([0.0, 1e-45, 1e-30, 1e-23, 1e-19, 1e-12, 1e-5, 1.0, 1e8, 1e18, 1e20, 1e38, torch.inf])
+    grad = torch.cat([sizes, -sizes, torch.tensor([torch.nan]), torch.ones(31)])[torch.randperm(58)].contiguous()
+    p = torch.zeros_like(grad)
+    theirs = p.clone().requires_grad_()
+    theirs.grad = grad.clone()
+    torch.optim.AdamW([theirs], lr=1.0, eps=eps, weight_decay=0.0).step()
+    adamw_step([p], [grad], [torch.zeros_like(p)], [torch.zeros_like(p)], step=1, lr=1.0, eps=eps)
+    ordinary = (grad == 0) | (grad.abs() > 1e-18)  # below, squares are subnormal and lose their digits, ours and theirs
+    torch.testing.assert_close(p[ordinary], theirs.detach()[ordinary], rtol=2e-6, atol=0, equal_nan=True)
+    assert torch.equal(p.isfinite(), theirs.detach().isfinite())

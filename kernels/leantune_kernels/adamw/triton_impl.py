@@ -31,7 +31,7 @@ def adamw_update(p, g, m, v, decay, step_size, rest1, beta2, rest2, eps, grad_sc
     """(p, m, v) after the step, in float32; what the numbers are: see numbers_of."""
     g = g * grad_scale
     m = m + (g - m) * rest1
-    v = v * beta2 + g * g * rest2
+    v = v * beta2 + g * rest2 * g
     return p * decay - step_size * m / (tl.sqrt(v) * correction + eps), m, v
 
 

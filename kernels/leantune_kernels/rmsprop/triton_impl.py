@@ -55,7 +55,7 @@ def rmsprop_kernel(
             p = load_value(row, offset, mask, ALIGNED)
             g = load_as_float(grad, tl.load(row + GRAD_DTYPE), offset, mask, ALIGNED)
             g = g * grad_scale + p * weight_decay
-            v = load_state(row, 0, offset, mask, ALIGNED) * alpha + g * g * rest
+            v = load_state(row, 0, offset, mask, ALIGNED) * alpha + g * rest * g
             store_state(row, 0, v, offset, mask, ALIGNED)
             if CENTERED:
                 a = load_state(row, 2, offset, mask, ALIGNED)
