@@ -9,8 +9,11 @@ constexpr int64_t kElementsPerChunk = 32768;
 
 template <class T, class U> void convert(const T *x, U *y, int64_t n) {
     int64_t i = 0;
-    for (; i + W <= n; i += W)
+    for (; i + W <= n; i += W) {
+        prefetch(x + i);
+        prefetch(y + i);
         store(y + i, load(x + i));
+    }
     for (; i < n; ++i)
         narrow(widen(x[i]), y + i);
 }

@@ -16,6 +16,8 @@ constexpr int64_t kElementsPerChunk = 64 * kWords;
 template <class T> void apply(const T *x, const uint32_t *words, uint32_t threshold, float scale, T *y, int64_t n) {
     int64_t i = 0;
     for (; i + W <= n; i += W) {
+        prefetch(x + i);
+        prefetch(y + i);
         vu w;
         memcpy(&w, words + i, sizeof w);
         store(y + i, load(x + i) * select((vi)(w >= threshold), splat(scale), vf{}));

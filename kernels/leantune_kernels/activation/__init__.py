@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -22,12 +23,12 @@ def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 
     float32, bfloat16 or float16, any strides; the result is alike. ValueError for another `approximate`.
     """
-    return _Activation.apply(x, gelu_name(approximate))
+    return call(_Activation, x, gelu_name(approximate))
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU of `x` [...], differentiable. float32, bfloat16 or float16, any strides; the result is alike."""
-    return _Activation.apply(x, "silu")
+    return call(_Activation, x, "silu")
 
 
 def forward(x: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:

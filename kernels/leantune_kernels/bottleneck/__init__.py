@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -49,7 +50,7 @@ def bottleneck(
     """
     weights = Weights(down, up, down_bias, up_bias)
     _check(x.reshape(-1, x.shape[-1]), weights, activation)
-    return _Bottleneck.apply(x, scale, activation, *weights)
+    return call(_Bottleneck, x, scale, activation, *weights)
 
 
 def forward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import expect
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -25,7 +26,7 @@ def dropout(x: torch.Tensor, p: float, seed: int, offset: int) -> torch.Tensor:
     1), a seed outside [0, 2^64) or an offset outside [0, 2^63).
     """
     check(p, seed, offset)
-    return x if p == 0 else _Dropout.apply(x, p, seed, offset)
+    return x if p == 0 else call(_Dropout, x, p, seed, offset)
 
 
 def forward(x: torch.Tensor, p: float, seed: int, offset: int, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.cpu import DTYPE_CODES, lib, refuses, rows
+from leantune_kernels.embedding import check_ids
 
 __all__ = ["backward", "forward", "refuses"]
 
 
 def forward(ids, weight, scale, out):  # type: ignore[no-untyped-def]
     ids, weight = ids.contiguous(), rows(weight)
-    lib.embedding_forward(
-        DTYPE_CODES[weight.dtype], weight.data_ptr(), weight.stride(0), ids.data_ptr(), DTYPE_CODES[out.dtype],
-        out.data_ptr(), out.stride(0), ids.shape[0], weight.shape[0], weight.shape[1], scale,
-    )  # fmt: skip
+    try:
+        lib.embedding_forward(
+            DTYPE_CODES[weight.dtype], weight.data_ptr(), weight.stride(0), ids.data_ptr(), DTYPE_CODES[out.dtype],
+            out.data_ptr(), out.stride(0), ids.shape[0], weight.shape[0], weight.shape[1], scale,
+        )  # fmt: skip
+    except RuntimeError:
+        check_ids(ids, weight.shape[0])  # the same complaint, worded alike for all implementations
+        raise
 
 
 def backward(dy, ids, dweight, scale, padding_idx, accumulate):  # type: ignore[no-untyped-def]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from leantune_kernels.embedding import check_ids
+
 
 def plain(ids, weight, scale=1.0, padding_idx=None, dtype=None):  # type: ignore[no-untyped-def]
     y = F.embedding(ids, weight, padding_idx) * scale
@@ -16,6 +18,7 @@ def refuses(x: torch.Tensor) -> str | None:
 
 
 def forward(ids, weight, scale, out):  # type: ignore[no-untyped-def]
+    check_ids(ids, weight.shape[0])
     out.copy_(weight.index_select(0, ids).float() * scale)
 
 

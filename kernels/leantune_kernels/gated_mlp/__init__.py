@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -50,7 +51,7 @@ def gated_mlp(
     """
     weights = Weights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     _check(x.reshape(-1, x.shape[-1]), weights, activation)
-    return _GatedMLP.apply(x, activation, *weights)
+    return call(_GatedMLP, x, activation, *weights)
 
 
 def forward(

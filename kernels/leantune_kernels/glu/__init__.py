@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.activation import as_rows, check_activation, gelu_name
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -81,7 +82,7 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tenso
             f"gate is {gate.dtype} {tuple(gate.shape)} and up is {up.dtype} {tuple(up.shape)}; "
             "they must have the same shape and dtype"
         )
-    return _GLU.apply(gate, up, activation)
+    return call(_GLU, gate, up, activation)
 
 
 class _GLU(torch.autograd.Function):

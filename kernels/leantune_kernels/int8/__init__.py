@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -90,7 +91,7 @@ def linear(
         expect("bias", bias, w.shape[:1], x.dtype, x.device)
     if buffer is not None:
         expect("buffer", buffer, w.shape, x.dtype, x.device, written=True)
-    return _Linear.apply(x, w, bias, buffer)
+    return call(_Linear, x, w, bias, buffer)
 
 
 def fused_linear(x: torch.Tensor, w: Int8Weight, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:

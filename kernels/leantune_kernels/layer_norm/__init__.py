@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -24,7 +25,7 @@ def layer_norm(
     x and weight: float32, bfloat16 or float16, each its own, any strides; bias has weight's dtype. The result has x's
     dtype and shape; statistics and sums are fp32. Raises ValueError for a weight or bias that does not fit.
     """
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return call(_LayerNorm, x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -37,7 +38,7 @@ def add_layer_norm(
     """
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; it must have x's, {tuple(x.shape)}")
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    return call(_AddLayerNorm, x, residual, weight, bias, eps)
 
 
 def forward(

@@ -12,7 +12,7 @@ __all__ = ["backward", "forward", "refuses"]
 def forward(x, weight, bias, eps, out=None, residual=None, summed=None):  # type: ignore[no-untyped-def]
     x, weight, bias = rows(x), weight.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    mean, rstd = torch.empty(2, x.shape[0], dtype=torch.float32)
+    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     given = (
         DTYPE_CODES[weight.dtype], weight.data_ptr(), address(bias), y.data_ptr(), y.stride(0), mean.data_ptr(),
         rstd.data_ptr(), *x.shape, eps,

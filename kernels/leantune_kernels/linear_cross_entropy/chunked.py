@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.linear_cross_entropy.targets import Labels, SoftLabels
@@ -54,7 +55,7 @@ def loss(
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    return function.apply(hidden, weight, bias, settings, reduction == "mean")
+    return call(function, hidden, weight, bias, settings, reduction == "mean")
 
 
 def check(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from leantune_kernels import dropout as _dropout
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -74,7 +75,7 @@ def lora_linear(
     _check_layer(layer, x)
     _dropout.check(dropout_p, seed, offset)
     key = (dropout_p, seed, offset) if dropout_p else None
-    return _LoRALinear.apply(x, (scale,), key, *layer[:4])[0]
+    return call(_LoRALinear, x, (scale,), key, *layer[:4])[0]
 
 
 def lora_linear_group(x: torch.Tensor, layers: Sequence[LoRALayer]) -> list[torch.Tensor]:
@@ -88,7 +89,7 @@ def lora_linear_group(x: torch.Tensor, layers: Sequence[LoRALayer]) -> list[torc
     for layer in layers:
         _check_layer(layer, x)
     tensors = [t for layer in layers for t in layer[:4]]
-    return list(_LoRALinear.apply(x, tuple(layer.scale for layer in layers), None, *tensors))
+    return list(call(_LoRALinear, x, tuple(layer.scale for layer in layers), None, *tensors))
 
 
 def merge(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -20,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     x and weight: float32, bfloat16 or float16, each its own, any strides; the result has x's dtype and shape.
     Statistics and sums are fp32. Raises ValueError for a weight that does not fit.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return call(_RMSNorm, x, weight, eps)
 
 
 def add_rms_norm(
@@ -33,7 +34,7 @@ def add_rms_norm(
     """
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; it must have x's, {tuple(x.shape)}")
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    return call(_AddRMSNorm, x, residual, weight, eps)
 
 
 def forward(

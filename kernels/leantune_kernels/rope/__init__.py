@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels.autograd import call
 from leantune_kernels.checks import can_read, expect
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -25,7 +26,7 @@ def rope(
     Raises ValueError for shapes that do not fit and, on the cpu, for positions outside [0, P); on a device, which
     would have to be waited for, such a token's rotated columns become NaN.
     """
-    return _Rope.apply(cos, sin, positions, interleaved, x)[0]
+    return call(_Rope, cos, sin, positions, interleaved, x)[0]
 
 
 def rope_qk(
@@ -37,7 +38,7 @@ def rope_qk(
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rope` of `q` [T, Hq, D] and `k` [T, Hk, D], each of its own strides, in one launch forward and one backward."""
-    rotated_q, rotated_k = _Rope.apply(cos, sin, positions, interleaved, q, k)
+    rotated_q, rotated_k = call(_Rope, cos, sin, positions, interleaved, q, k)
     return rotated_q, rotated_k
 
 
