@@ -1,6 +1,6 @@
 """Every op against PyTorch's own formulations, in one run.
 
-    python benchmarks/bench_ops.py [--op rms_norm] [--markdown FILE] [--json FILE]     the table of docs/benchmarks.md
+    python benchmarks/bench_ops.py [--op rms_norm] [--markdown docs/benchmarks.md] [--json FILE]
     pytest benchmarks/bench_ops.py [--benchmark-json FILE]                             the same through pytest-benchmark
 
 The shapes are the BENCHMARKS of each op's cases.py, the rivals its PEERS (on a GPU also `torch.compile` of the plain
@@ -37,6 +37,8 @@ from leantune_kernels.dispatch import Op
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,)
 SECONDS = float(os.environ.get("LEANTUNE_BENCH_SECONDS", "1.0"))  # for one group of contenders
+
+MARKER = "<!-- table -->"  # of a page whose text above it is kept
 
 Contenders = dict[str, Callable[[], Any]]
 
@@ -106,16 +108,18 @@ def keep_freed_memory(keep: bool) -> None:
 
 
 def peak_memory(function: Callable[[], Any]) -> float:
-    """MB that a call needs at its peak beyond what is held before it."""
+    """MB that a call needs at its peak beyond what is held before it; not the first call, which also loads code."""
+    function()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    keep_freed_memory(False)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
     before = _status("VmRSS")
     function()
-    return (_status("VmHWM") - before) / 1e3
+    return max(0, _status("VmHWM") - before) / 1e3
 
 
 def _status(field: str) -> int:
@@ -211,7 +215,6 @@ def measure(op: str, shape: str, dtype: torch.dtype, backward: bool) -> Row:
     measures = yardsticks(moved, flop, dtype)
     keep_freed_memory(True)
     times = race(racing | {name: thunk for name, (_, thunk) in measures.items()})
-    keep_freed_memory(False)
     rates = {name: work / times.pop(name) for name, (work, _) in measures.items()}
     picked = Op(f"leantune_kernels.{op}").pick(torch.empty(0, device=DEVICE, dtype=dtype))
     ours = times.pop("leantune")
@@ -233,7 +236,7 @@ def measure(op: str, shape: str, dtype: torch.dtype, backward: bool) -> Row:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table of docs/benchmarks.md."""
+    """The table of docs/benchmarks.md; the peer is the fastest one."""
     lines = [
         "| op | shape | | ms | fastest peer | ms | speed-up | of copy | of product | MB | peer's MB |",
         "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -262,7 +265,7 @@ def test_op(benchmark: Any, op: str, shape: str, dtype: torch.dtype, backward: b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", help="only this op; may be given again")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--markdown", type=Path, help="write the table here, below the page's marker")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
     rows = []
@@ -270,7 +273,8 @@ def main() -> None:
         rows.append(measure(*group))
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(rows))
+        text = arguments.markdown.read_text() if arguments.markdown.exists() else MARKER
+        arguments.markdown.write_text(text.partition(MARKER)[0] + MARKER + "\n" + markdown(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) | {"ratio": r.ratio} for r in rows], indent=1))
 
