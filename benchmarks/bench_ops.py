@@ -41,6 +41,7 @@ SECONDS = float(os.environ.get("LEANTUNE_BENCH_SECONDS", "1.0"))  # for one grou
 MARKER = "<!-- table -->"  # of a page whose text above it is kept
 
 Contenders = dict[str, Callable[[], Any]]
+Group = tuple[str, str, torch.dtype, bool]  # op, shape, dtype, with backward
 
 
 @dataclass
@@ -193,8 +194,8 @@ def on_device(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
 
-def groups(only: list[str] | None = None) -> Iterator[tuple[str, str, torch.dtype, bool]]:
-    """(op, shape, dtype, with backward) of everything to measure."""
+def groups(only: list[str] | None = None) -> Iterator[Group]:
+    """Everything to measure."""
     for op in only or leantune_kernels.ops():
         cases = importlib.import_module(f"leantune_kernels.{op}.cases")
         for shape, case in getattr(cases, "BENCHMARKS", {}).items():
@@ -203,13 +204,22 @@ def groups(only: list[str] | None = None) -> Iterator[tuple[str, str, torch.dtyp
                     yield op, shape, dtype, backward
 
 
-def measure(op: str, shape: str, dtype: torch.dtype, backward: bool) -> Row:
+def prepared(group: Group) -> tuple[testing.Case, testing.Floor, Contenders]:
+    op, shape, dtype, backward = group
     cases = importlib.import_module(f"leantune_kernels.{op}.cases")
     case = cases.BENCHMARKS[shape]
     inputs = on_device(case.make(torch.Generator().manual_seed(0), dtype))
-    floor = cases.floor(**inputs)
-    racing = contenders(cases, case, inputs, backward)
-    memory = {name: peak_memory(function) for name, function in racing.items()}
+    return case, cases.floor(**inputs), contenders(cases, case, inputs, backward)
+
+
+def memory_of(group: Group) -> dict[str, float]:
+    """Peak MB of each contender. All groups' before any race: what a race leaves in the heap would blur them."""
+    return {name: peak_memory(function) for name, function in prepared(group)[2].items()}
+
+
+def measure(group: Group, memory: dict[str, float]) -> Row:
+    op, shape, dtype, backward = group
+    case, floor, racing = prepared(group)
     moved = floor.forward_bytes + (floor.backward_bytes if backward else 0)
     flop = floor.forward_flop + (floor.backward_flop if backward else 0)
     measures = yardsticks(moved, flop, dtype)
@@ -226,8 +236,8 @@ def measure(op: str, shape: str, dtype: torch.dtype, backward: bool) -> Row:
         implementation=picked.__name__.rpartition(".")[2],
         ours=1e3 * ours,
         peers={name: 1e3 * seconds for name, seconds in times.items()},
-        memory=memory.pop("leantune"),
-        peer_memory=memory,
+        memory=memory["leantune"],
+        peer_memory={name: memory[name] for name in times},
         gigabytes_per_second=moved / ours / 1e9,
         copy=rates.get("copy", 0.0) / 1e9,
         teraflops=flop / ours / 1e12,
@@ -252,13 +262,11 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize(("op", "shape", "dtype", "backward"), list(groups()))
-def test_op(benchmark: Any, op: str, shape: str, dtype: torch.dtype, backward: bool) -> None:
-    row = measure(op, shape, dtype, backward)
+@pytest.mark.parametrize("group", list(groups()), ids=str)
+def test_op(benchmark: Any, group: Group) -> None:
+    row = measure(group, memory_of(group))
     benchmark.extra_info.update(asdict(row), ratio=row.ratio)
-    cases = importlib.import_module(f"leantune_kernels.{op}.cases")
-    inputs = on_device(cases.BENCHMARKS[shape].make(torch.Generator().manual_seed(0), dtype))
-    ours = contenders(cases, cases.BENCHMARKS[shape], inputs, backward)["leantune"]
+    ours = prepared(group)[2]["leantune"]
     benchmark.pedantic(lambda: (ours(), synchronise()), rounds=5, warmup_rounds=1)
 
 
@@ -268,9 +276,9 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table here, below the page's marker")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
-    rows = []
-    for group in groups(arguments.op):
-        rows.append(measure(*group))
+    rows, memories = [], {group: memory_of(group) for group in groups(arguments.op)}
+    for group, memory in memories.items():
+        rows.append(measure(group, memory))
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     if arguments.markdown:
         text = arguments.markdown.read_text() if arguments.markdown.exists() else MARKER
