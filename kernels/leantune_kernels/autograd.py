@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 class _NothingKept:
@@ -23,9 +24,10 @@ class _NothingKept:
 def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(*arguments), or its forward pass alone where no argument asks for a gradient.
 
-    What apply does beside costs as much as a small op: some 40 microseconds where caches are cold.
+    What apply does beside costs as much as a small op: some 40 microseconds where caches are cold. It also refuses what
+    these functions cannot do, which is to carry tangents forward; so inside a dual level it is asked in any case.
     """
     wanted = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
-    if wanted or torch.compiler.is_compiling():
+    if wanted or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
     return function.forward(_NothingKept(len(arguments)), *arguments)
