@@ -58,7 +58,8 @@ def test_a_good_implementation_passes(wrong):
 def test_each_check_finds_its_mistake_and_no_other_does(wrong, name, check, words):
     failures = wrong(name).failures
     assert any(words in message for message in failures[check]), failures
-    assert set(failures) == {check}
+    chance = {"bits"} if name == "reads_unwritten_memory" else set()  # what it reads may be the same in two runs or not
+    assert set(failures) - chance == {check}
 
 
 def test_what_cannot_serve_is_named_with_its_reason(monkeypatch):

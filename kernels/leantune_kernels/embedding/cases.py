@@ -38,7 +38,7 @@ CASES = [
     _case((150,), 5, 40, distinct=2, padding_idx=1),
     _case((40,), 64, 256, dtype=torch.float32),
 ]
-TRAFFIC = _case((300,), 500, 256)
+TRAFFIC = _case((200,), 4000, 64)  # many more rows than tokens, as in a vocabulary
 
 
 def of_length(tokens: int) -> Case:
