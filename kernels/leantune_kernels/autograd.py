@@ -1,7 +1,9 @@
-"""Calls of autograd functions, without autograd where it has nothing to do."""
+"""What autograd sees of the ops: nothing where it has nothing to do, and one derivative, not two."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,3 +33,41 @@ def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if wanted or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
     return function.forward(_NothingKept(len(arguments)), *arguments)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` of an autograd function whose results cannot be differentiated again.
+
+    PyTorch's decorator of this name lets a second derivative pass, and be wrong, where the upstream gradient is a
+    constant: what was saved depends on the inputs as well.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *upstream: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *upstream)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled: by create_graph=True
+            return found
+        if not isinstance(found, tuple):
+            return _refusing(found)
+        return tuple(_refusing(g) for g in found)
+
+    return once
+
+
+def _refusing(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """`gradient` with a node behind it that refuses."""
+    return None if gradient is None else _Refusal.apply(torch.empty(0, requires_grad=True), gradient)
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "leantune_kernels' functions can be differentiated once only; where a second derivative is needed, use "
+            "PyTorch's own operations in their place"
+        )

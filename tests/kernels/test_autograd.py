@@ -1,10 +1,18 @@
-"""autograd.call: the forward pass alone exactly where nobody asks for a gradient."""
+"""What autograd sees of the ops: the forward pass alone where nobody asks for a gradient, and one derivative."""
+
+import importlib
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
+import leantune_kernels
 from leantune_kernels.rms_norm import rms_norm
+
+
+def cases_of(op):
+    return importlib.import_module(f"leantune_kernels.{op}.cases")
+
 
 X, WEIGHT = torch.randn(5, 8), torch.randn(8)
 
@@ -33,3 +41,17 @@ def test_tangents_are_refused_and_not_dropped():
         x = forward_ad.make_dual(X, torch.ones_like(X))
         with pytest.raises(RuntimeError, match="jvp"):
             rms_norm(x, WEIGHT)
+
+
+@pytest.mark.parametrize("op", [op for op in leantune_kernels.ops() if cases_of(op).CASES[0].differentiable])
+def test_a_second_derivative_is_refused_and_not_wrong(op):
+    cases = cases_of(op)
+    case = next(c for c in cases.CASES if c.differentiable)
+    inputs = case.make(torch.Generator().manual_seed(0), torch.float32)
+    name = case.differentiable[0]
+    start = inputs[name].requires_grad_()
+    output = cases.function(**inputs | {name: start * start})
+    outputs = output if isinstance(output, tuple) else (output,)
+    (first,) = torch.autograd.grad(sum(o.float().sum() for o in outputs), start, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        first.pow(2).sum().backward()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -78,6 +78,7 @@ class _Activation(torch.autograd.Function):
         return forward(as_rows(x), activation).view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         return backward(as_rows(dy), as_rows(x), ctx.activation).view(x.shape), None

@@ -14,7 +14,7 @@ import itertools
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -119,6 +119,7 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):  # type: ignore[no-untyped-def]
         q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
         grads = backward(do, q, k, v, o, lse, cu_seqlens, ctx.scale, ctx.causal, window=ctx.window)

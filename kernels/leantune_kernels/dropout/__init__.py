@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import expect
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -63,5 +63,6 @@ class _Dropout(torch.autograd.Function):
         return forward(x, p, seed, offset)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         return dropout(dy, *ctx.key), None, None, None

@@ -9,9 +9,8 @@ Shapes: T tokens, V rows of the table (vocabulary), H columns. ids [T] int64, we
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects

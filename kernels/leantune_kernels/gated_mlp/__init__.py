@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -105,6 +105,7 @@ class _GatedMLP(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, *tensors = ctx.saved_tensors
         weights = Weights(*tensors)

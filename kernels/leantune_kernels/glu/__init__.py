@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.activation import as_rows, check_activation, gelu_name
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -93,6 +93,7 @@ class _GLU(torch.autograd.Function):
         return forward(as_rows(gate), as_rows(up), activation=activation).view(gate.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
         d_gate, d_up = backward(as_rows(dh), as_rows(gate), as_rows(up), ctx.activation)

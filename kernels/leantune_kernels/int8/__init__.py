@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -123,6 +123,7 @@ class _Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         dx = dbias = None
         if ctx.needs_input_grad[0]:

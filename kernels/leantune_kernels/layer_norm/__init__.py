@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -119,6 +119,7 @@ class _LayerNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         return *_gradients(ctx, dy, None), None
 
@@ -135,6 +136,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return y.view(x.shape), s.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, ds):  # type: ignore[no-untyped-def]
         dx, dweight, dbias = _gradients(ctx, dy, ds)
         return dx, dx, dweight, dbias, None

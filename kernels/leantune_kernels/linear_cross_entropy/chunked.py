@@ -14,9 +14,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.linear_cross_entropy.targets import Labels, SoftLabels

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from leantune_kernels import dropout as _dropout
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -224,6 +224,7 @@ class _LoRALinear(torch.autograd.Function):
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *dys):  # type: ignore[no-untyped-def]
         x, *saved = ctx.saved_tensors
         count, needs = len(dys), ctx.needs_input_grad

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -103,6 +103,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = backward(dy.reshape(x.shape), x, weight, rstd, need_dweight=ctx.needs_input_grad[1])
@@ -120,6 +121,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y.view(x.shape), s.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, ds):  # type: ignore[no-untyped-def]
         s, weight, rstd = ctx.saved_tensors
         if dy is None:  # y was not used

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import can_read, expect
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -97,6 +97,7 @@ class _Rope(torch.autograd.Function):
         return _rotated(heads, cos, sin, positions, False, interleaved)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         cos, sin, positions = ctx.saved_tensors
         return (None, None, None, None, *_rotated(grads, cos, sin, positions, True, ctx.interleaved))
