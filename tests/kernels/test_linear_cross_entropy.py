@@ -106,6 +106,19 @@ def test_head_in_half_precision_is_used_exactly(dtype):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_loss_scale_lifts_float16_gradients_before_they_are_rounded():
+    """Divided by 4096 rows they are subnormal in float16; times 2^16 they are not."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4096, 8, generator=g).half().requires_grad_()
+    weight, targets = torch.randn(16, 8, generator=g) * 0.02, torch.randint(16, (4096,), generator=g)
+    loss = linear_cross_entropy(hidden, weight.half(), targets)
+    (found,) = torch.autograd.grad(loss, hidden, torch.tensor(65536.0))
+    exact = hidden.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.cross_entropy(exact @ weight.half().double().t(), targets), exact)
+    assert found.dtype == torch.float16
+    assert (found.double() - 65536 * wanted).norm() < 2**-11 * (65536 * wanted).norm()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_all_labels_ignored_gives_zero_loss_and_zero_gradients(reduction):
     hidden, weight, targets = problem(ignored=2.0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from leantune_kernels.grad_norm import clip_grad_norm_, grad_norm_tensor
+from leantune_kernels.grad_norm import clip_grad_norm_
 from leantune_kernels.grad_norm.reference import plain as norm_of
 from leantune_kernels.optimizer_cases import SIZES, cut
 from leantune_kernels.testing import Case, Floor, normal
@@ -57,9 +57,11 @@ def floor(x: Tensor, **_: Any) -> Floor:
 
 
 def contenders(x: Tensor, sizes: list[int], max_norm: float) -> dict[str, Callable[[], Any]]:
-    """The norm alone; clipping is part of an optimizer's step."""
-    parts = cut(x, sizes)
+    """The norm, and the scaling by it, which takes place each time: max_norm / (norm + 1e-6) stays just below 1."""
+    ours, theirs = cut(x.clone(), sizes), [torch.nn.Parameter(part) for part in cut(x, sizes)]
+    for parameter in theirs:
+        parameter.grad = parameter.detach().clone()
     return {
-        "leantune": lambda: grad_norm_tensor(parts),
-        "torch": lambda: torch.nn.utils.get_total_norm(parts),
+        "leantune": lambda: clip_grad_norm_(ours, max_norm),
+        "torch": lambda: torch.nn.utils.clip_grad_norm_(theirs, max_norm),
     }

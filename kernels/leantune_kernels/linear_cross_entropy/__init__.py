@@ -95,9 +95,9 @@ def forward(
 ) -> LossAndGradients:
     """(loss_sum, label_count, dhidden, dweight, dbias): summed loss and gradients of grad_scale * loss_sum.
 
-    loss_sum: fp32 scalar, unscaled. dhidden [N, H] in hidden's dtype, 0 at ignored rows. dweight [V, H] and
-    dbias [V] are fp32; dbias comes with dweight where there is a bias. What was not asked for is None. `workspace`
-    is as in linear_cross_entropy; its contents are lost.
+    loss_sum: fp32 scalar, unscaled. dhidden [N, H] in hidden's dtype (fp32 where that is float16), 0 at ignored rows.
+    dweight [V, H] and dbias [V] are fp32; dbias comes with dweight where there is a bias. What was not asked for is
+    None. `workspace` is as in linear_cross_entropy; its contents are lost.
     """
     settings = Settings(Labels(targets, ignore_index, label_smoothing, z_loss), chunk_rows, workspace)
     needs = (need_dhidden, need_dweight, need_dweight and bias is not None)

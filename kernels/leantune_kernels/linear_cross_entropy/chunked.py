@@ -93,7 +93,7 @@ def run(
     head = Head(weight, bias)
     buffer = logits_buffer(settings, hidden, weight, count)
     losses = torch.zeros(hidden.shape[0], device=hidden.device, dtype=torch.float64)
-    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_dhidden else None
+    dhidden = torch.zeros(hidden.shape, dtype=gradient_dtype(hidden), device=hidden.device) if need_dhidden else None
     dweight = zeros(weight.shape) if need_dweight else None
     dbias = zeros(weight.shape[0]) if need_dbias else None
     for begin in range(0, count, settings.chunk_rows):
@@ -116,6 +116,11 @@ def run(
         if dhidden is not None:
             dhidden.index_copy_(0, rows, head.input_gradient(dlogits, out=x).to(dhidden.dtype))
     return LossAndGradients(losses.sum().float(), count, dhidden, dweight, dbias), losses
+
+
+def gradient_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """What dhidden is kept in: float16 has no room for gradients that the upstream gradient has not lifted yet."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def logits_buffer(settings: Settings, hidden: torch.Tensor, weight: torch.Tensor, labelled: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from leantune_kernels.linear_cross_entropy.chunked import gradient_dtype
+
 
 def plain(  # type: ignore[no-untyped-def]
     hidden,
@@ -109,7 +111,7 @@ def per_row_shapes(hidden, weight, bias, settings, row_scale, needs):  # type: i
 
 def _gradient_shapes(hidden, weight, needs):  # type: ignore[no-untyped-def]
     places = (
-        hidden.new_empty(hidden.shape),
+        hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden)),
         weight.new_empty(weight.shape, dtype=torch.float32),
         weight.new_empty(weight.shape[0], dtype=torch.float32),
     )
