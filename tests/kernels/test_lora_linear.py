@@ -24,17 +24,18 @@ def leaves(tensors):
     return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
 
 
-def test_a_group_gives_what_its_members_give_alone():
+@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.3, "seed": 5, "offset": 7}], ids=["plain", "dropout"])
+def test_a_group_gives_what_its_members_give_alone(dropout):
     x = torch.randn(2, 19, 40)
     layers = [layer(40, 33, 8), layer(40, 7, 3, bias=False), layer(40, 24, 70)]
     dys = [torch.randn(2, 19, one.weight.shape[0]) for one in layers]
     (together,), parts = leaves([x]), [low_rank.LoRALayer(*leaves(one[:4]), one.scale) for one in layers]
-    outputs = low_rank.lora_linear_group(together, parts)
+    outputs = low_rank.lora_linear_group(together, parts, **dropout)
     torch.autograd.backward(outputs, dys)
     (apart,) = leaves([x])
     for one, grouped, output, dy in zip(layers, parts, outputs, dys, strict=True):
         tensors = leaves(one[:4])
-        alone = low_rank.lora_linear(apart, *tensors, one.scale)
+        alone = low_rank.lora_linear(apart, *tensors, one.scale, **dropout)
         torch.testing.assert_close(output, alone, rtol=1e-5, atol=1e-5)
         alone.backward(dy)
         for a, b in zip(grouped[:4], tensors, strict=True):

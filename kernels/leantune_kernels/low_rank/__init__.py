@@ -71,25 +71,26 @@ def lora_linear(
     `dropout_p`; its mask is leantune_kernels.dropout's for (seed, offset), made again in the backward pass. Raises
     ValueError for what does not fit.
     """
-    layer = LoRALayer(weight, bias, A, B, scale)
-    _check_layer(layer, x)
-    _dropout.check(dropout_p, seed, offset)
-    key = (dropout_p, seed, offset) if dropout_p else None
-    return call(_LoRALinear, x, (scale,), key, *layer[:4])[0]
+    return lora_linear_group(x, [LoRALayer(weight, bias, A, B, scale)], dropout_p, seed, offset)[0]
 
 
-def lora_linear_group(x: torch.Tensor, layers: Sequence[LoRALayer]) -> list[torch.Tensor]:
-    """[x W^T + bias + scale * (x A^T) B^T for each of `layers`], which share the input `x` [..., K].
+def lora_linear_group(
+    x: torch.Tensor, layers: Sequence[LoRALayer], dropout_p: float = 0.0, seed: int = 0, offset: int = 0
+) -> list[torch.Tensor]:
+    """[x W^T + bias + scale * (d(x) A^T) B^T for each of `layers`], which share the input `x` [..., K].
 
-    What `lora_linear` gives for each, but x A^T and the gradients' products with x are formed for all layers together
-    (query, key and value; gate and up). At most 16 layers. Raises ValueError for what does not fit.
+    What `lora_linear` gives for each, but d(x) A^T and the gradients' products with d(x) are formed for all layers
+    together (query, key and value; gate and up). They share one dropout mask. At most 16 layers. Raises ValueError for
+    what does not fit.
     """
+    _dropout.check(dropout_p, seed, offset)
     if not 1 <= len(layers) <= MOST_LAYERS:
         raise ValueError(f"{len(layers)} layers in a group; it takes 1 to {MOST_LAYERS}")
     for layer in layers:
         _check_layer(layer, x)
     tensors = [t for layer in layers for t in layer[:4]]
-    return list(call(_LoRALinear, x, tuple(layer.scale for layer in layers), None, *tensors))
+    key = (dropout_p, seed, offset) if dropout_p else None
+    return list(call(_LoRALinear, x, tuple(layer.scale for layer in layers), key, *tensors))
 
 
 def merge(
@@ -265,8 +266,11 @@ def _input_gradient(dys, layers, key):  # type: ignore[no-untyped-def]
     dx = dys[0].new_empty(dys[0].shape[0], layers[0].weight.shape[1])
     if key is None:
         return dx, OP.pick(dx).input_gradient_group(dx, dys, layers)
-    (dy,), (layer,) = dys, layers
-    input_gradient_(dx.zero_(), dy, layer.A, layer.B, layer.scale)
+    dx.zero_()
+    for dy, layer in zip(dys, layers, strict=True):
+        input_gradient_(dx, dy, layer.A, layer.B, layer.scale)
     p, seed, offset = key
     _dropout.forward(dx, p, seed, offset, out=dx)
-    return dx.addmm_(dy, layer.weight), None
+    for dy, layer in zip(dys, layers, strict=True):
+        dx.addmm_(dy, layer.weight)
+    return dx, None
