@@ -4,11 +4,12 @@
     pytest benchmarks/bench_ops.py [--benchmark-json FILE]                             the same through pytest-benchmark
 
 The shapes are the BENCHMARKS of each op's cases.py, the rivals its PEERS (on a GPU also `torch.compile` of the plain
-formula, and Liger Kernel where it is installed). Contenders run in turns, so that a machine that slows down slows all
-of them; a figure is the median. Bandwidth counts the op's compulsory bytes (cases.floor), not what was moved, and is
-given beside what a plain copy reaches in the same run. Memory is the peak above the inputs. On the CPU the process
-keeps the memory it frees while contenders race: else every large result of either would first be page faults, which a
-training loop that reuses its buffers does not have, and which cost more than most ops.
+formula, and what Liger Kernel has of the ops, where it is installed: device_peers.py). Contenders run in turns, so that
+a machine that slows down slows all of them; a figure is the median. Bandwidth counts the op's compulsory bytes
+(cases.floor), not what was moved, and is given beside what a plain copy reaches in the same run. Memory is the peak
+above the inputs. On the CPU the process keeps the memory it frees while contenders race: else every large result of
+either would first be page faults, which a training loop that reuses its buffers does not have, and which cost more than
+most ops.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import device_peers
 import pytest
 import torch
 
@@ -149,45 +151,33 @@ def yardsticks(bytes_moved: int, flop: int, dtype: torch.dtype) -> dict[str, tup
 
 def contenders(cases: Any, case: testing.Case, inputs: dict[str, Any], backward: bool) -> Contenders:
     """Thunks for ours and each peer on the same inputs; cases.py may make its own where a call changes its inputs."""
+    op = cases.__name__.split(".")[1]
     if hasattr(cases, "contenders"):
-        return cases.contenders(**inputs)
+        found: Contenders = cases.contenders(**inputs)
+        if DEVICE == "cuda":
+            found = found | device_peers.compiled(found) | device_peers.thunks(op, inputs)
+        return found
     functions = {"leantune": cases.function, **cases.PEERS}
     if DEVICE == "cuda":
         functions["torch.compile"] = torch.compile(cases.plain, dynamic=False)
-        functions.update(liger_peers().get(cases.__name__.split(".")[1], {}))
-    wanted = [inputs[k].requires_grad_(backward) for k in case.differentiable]
+    found = {name: _thunk(function, case, inputs, backward) for name, function in functions.items()}
+    if DEVICE == "cuda":
+        for name, function in device_peers.functions(op, inputs).items():
+            own = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            found[name] = _thunk(function, case, own, backward)
+    return found
 
-    def forward(function: Callable[..., Any]) -> Callable[[], Any]:
+
+def _thunk(
+    function: Callable[..., Any], case: testing.Case, inputs: dict[str, Any], backward: bool
+) -> Callable[[], Any]:
+    """A call, with its gradients where `backward` asks for them."""
+    wanted = [inputs[name].requires_grad_(backward) for name in case.differentiable]
+    if not backward:
         return lambda: function(**inputs)
-
-    def both(function: Callable[..., Any]) -> Callable[[], Any]:
-        output = function(**inputs)
-        outputs = output if isinstance(output, tuple) else (output,)
-        upstream = [torch.randn_like(o) for o in outputs]
-
-        def run() -> Any:
-            output = function(**inputs)
-            return torch.autograd.grad(output, wanted, upstream)
-
-        return run
-
-    return {name: (both if backward else forward)(function) for name, function in functions.items()}
-
-
-def liger_peers() -> dict[str, dict[str, Callable[..., Any]]]:
-    """{op: {"liger": function of the op's arguments}} of what Liger Kernel has, where it is installed."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return {}
-    from liger_kernel.transformers import functional as liger
-
-    return {
-        "rms_norm": {"liger": lambda x, weight, eps: liger.liger_rms_norm(x, weight, eps)},
-        "linear_cross_entropy": {
-            "liger": lambda hidden, weight, targets, **_: liger.liger_fused_linear_cross_entropy(
-                hidden, weight, targets
-            )
-        },
-    }
+    output = function(**inputs)
+    upstream = [torch.randn_like(o) for o in (output if isinstance(output, tuple) else (output,))]
+    return lambda: torch.autograd.grad(function(**inputs), wanted, upstream)
 
 
 def on_device(inputs: dict[str, Any]) -> dict[str, Any]:
