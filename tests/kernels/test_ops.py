@@ -54,8 +54,10 @@ def test_error_is_within_plain_pytorchs_own(module, op, case, dtype, implementat
 
 @pytest.mark.parametrize(("module", "op", "case"), all_cases())
 def test_same_bits_on_every_run_and_for_any_number_of_threads(module, op, case, monkeypatch):
+    """Other threads may change the last bits of what cases.py names in BITS_BY_THREADS, where a product is PyTorch's."""
     monkeypatch.setenv("LEANTUNE_IMPL", "cpu")
     inputs = case.make(torch.Generator().manual_seed(0), torch.float32)
+    loose = [name in getattr(module, "BITS_BY_THREADS", ()) for name in case.differentiable]
     before = torch.get_num_threads()
     results = []
     try:
@@ -64,9 +66,13 @@ def test_same_bits_on_every_run_and_for_any_number_of_threads(module, op, case, 
             results.append(testing.run(module.function, inputs, case))
     finally:
         torch.set_num_threads(before)
-    for again in results[1:]:
-        for first, second in zip(results[0], again, strict=True):
-            assert torch.equal(first, second)
+    outputs = len(results[0]) - len(loose)
+    for same_threads, again in zip((True, False, False), results[1:], strict=True):
+        for i, (first, second) in enumerate(zip(results[0], again, strict=True)):
+            if i >= outputs and loose[i - outputs] and not same_threads:
+                assert testing.error(first, second) <= 1e-6
+            else:
+                assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
