@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,37 @@ import torch
 
 import leantune_kernels
 from leantune_kernels import conformance, testing
+from leantune_kernels.attention import cases as attention
+from leantune_kernels.dispatch import Op
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("op", leantune_kernels.ops())
 def test_every_op_conforms(op):
-    """Triton's kernels, slow in the interpreter, have the same in test_ops.py."""
-    reports = list(conformance.check([op], ["cpu", "reference"]))
-    assert {report.implementation for report in reports} == {"cpu", "reference"}
+    """The CUDA kernels, on the emulator, have the same in test_cuda_host.py."""
+    conforms(op, ["cpu", "reference"])
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a device test_cuda.py does this")
+@pytest.mark.parametrize("op", leantune_kernels.ops())
+def test_every_triton_kernel_conforms(op, monkeypatch):
+    """In the interpreter, which is slow: in one dtype, and attention's small cases; test_ops.py has every error."""
+    if Op(f"leantune_kernels.{op}").implementation("triton") is None:
+        pytest.skip(f"{op} has no triton implementation")
+    if op == "attention":
+        monkeypatch.setattr(attention, "CASES", [case for case in attention.CASES if elements(case) < 10_000])
+    conforms(op, ["triton"], ["float32"])
+
+
+def elements(case):
+    return case.make(torch.Generator(), torch.float32)["q"].numel()
+
+
+def conforms(op, implementations, dtypes=()):
+    reports = list(conformance.check([op], implementations, dtypes))
+    assert {report.implementation for report in reports} == set(implementations)
     assert not [(report, report.failures) for report in reports if not report.passed or report.skipped]
     assert all(report.cases and report.error <= report.allowed for report in reports)
 

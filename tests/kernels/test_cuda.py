@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import leantune_kernels
-from leantune_kernels import cuda, testing
+from leantune_kernels import conformance, cuda, testing
 from leantune_kernels.dispatch import Op
 
 HEADER = Path(__file__).parent.parent.parent / "csrc" / "include" / "leantune_kernels.h"
 built = pytest.mark.skipif(cuda.library() is None, reason="built without nvcc")
+on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def test_without_a_device_the_reason_is_given():
@@ -46,9 +47,18 @@ def all_cases():
                     yield pytest.param(module, case, dtype, id=f"{op}-{case.name}-{dtype}")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_device
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 @pytest.mark.parametrize(("module", "case", "dtype"), all_cases())
 def test_on_a_device(module, case, dtype, name, monkeypatch):
     monkeypatch.setenv("LEANTUNE_IMPL", name)
     testing.accept(case, dtype, module.function, module.plain, getattr(module, "FACTOR", 1.5), device="cuda")
+
+
+@on_device
+@pytest.mark.parametrize("op", leantune_kernels.ops())
+def test_every_op_conforms_on_a_device(op):
+    """Every implementation that serves there: NaN-poisoned memory, strides, inputs, a second backward pass, bits."""
+    reports = list(conformance.check([op], device="cuda"))
+    assert {report.implementation for report in reports} >= {"cuda", "triton"}
+    assert not [(report, report.failures) for report in reports if not report.passed or report.skipped]

@@ -19,6 +19,11 @@ def test_mixed_types_strides_and_absent_gradients():
     assert grad_norm([None, *grads, None]) == pytest.approx(exact, rel=1e-6)
 
 
+def test_more_pieces_than_a_block_adds_at_once():
+    grads = list(torch.arange(1.0, 1031).split(1))
+    assert grad_norm(grads) == pytest.approx(math.sqrt(1030 * 1031 * 2061 / 6), rel=1e-6)
+
+
 def test_nothing_is_zero():
     assert grad_norm([]) == grad_norm([None]) == grad_norm([torch.empty(0)]) == 0.0
 

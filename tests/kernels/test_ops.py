@@ -2,7 +2,8 @@
 
 Ops are found, not listed: a new folder with a cases.py is tested without touching this file. The C++ kernels are tried
 at each instruction level that the processor has, the Triton kernels in Triton's interpreter. The CUDA sources have
-test_cuda_host.py (emulated); what there is a device for has test_cuda.py.
+test_cuda_host.py (emulated); what there is a device for has test_cuda.py. Upstream gradients of any strides, inputs
+that stay as they are and a second backward pass are with test_conformance.py.
 """
 
 import importlib
@@ -54,8 +55,10 @@ def test_error_is_within_plain_pytorchs_own(module, op, case, dtype, implementat
 
 @pytest.mark.parametrize(("module", "op", "case"), all_cases())
 def test_same_bits_on_every_run_and_for_any_number_of_threads(module, op, case, monkeypatch):
+    """Other threads may change the last bits of BITS_BY_THREADS in cases.py alone: there, a product is PyTorch's."""
     monkeypatch.setenv("LEANTUNE_IMPL", "cpu")
     inputs = case.make(torch.Generator().manual_seed(0), torch.float32)
+    loose = [name in getattr(module, "BITS_BY_THREADS", ()) for name in case.differentiable]
     before = torch.get_num_threads()
     results = []
     try:
@@ -64,29 +67,13 @@ def test_same_bits_on_every_run_and_for_any_number_of_threads(module, op, case, 
             results.append(testing.run(module.function, inputs, case))
     finally:
         torch.set_num_threads(before)
-    for again in results[1:]:
-        for first, second in zip(results[0], again, strict=True):
-            assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("name", ["cpu", "triton"])
-@pytest.mark.parametrize(("module", "op", "case"), all_cases())
-def test_upstream_gradient_of_any_strides(module, op, case, name, monkeypatch):
-    """Zero-stride (expanded) and non-contiguous upstream gradients give what contiguous ones give."""
-    skip_unless_written(op, name)
-    if not case.differentiable:
-        pytest.skip("no gradients in this case")
-    with forced(name, monkeypatch):
-        given = testing.prepare(case.make(torch.Generator().manual_seed(0), torch.float32), case)
-        output = module.function(**given)
-        output = output[0] if isinstance(output, tuple) else output
-        wanted = [given[k] for k in case.differentiable]
-        for kind in (testing.expanded, testing.strided):
-            dy = kind(output, torch.Generator().manual_seed(1))
-            found = torch.autograd.grad(output, wanted, dy, retain_graph=True)
-            dense = torch.autograd.grad(output, wanted, dy.contiguous().clone(), retain_graph=True)
-            for a, b in zip(found, dense, strict=True):
-                assert testing.error(a, b) <= 1e-6  # the vendor's products round by layout; NaN counts as infinite
+    outputs = len(results[0]) - len(loose)
+    for same_threads, again in zip((True, False, False), results[1:], strict=True):
+        for i, (first, second) in enumerate(zip(results[0], again, strict=True)):
+            if i >= outputs and loose[i - outputs] and not same_threads:
+                assert testing.error(first, second) <= 1e-6
+            else:
+                assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("op", leantune_kernels.ops())

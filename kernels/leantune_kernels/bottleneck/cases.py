@@ -41,6 +41,7 @@ CASES = [
     _case(65, 64, 16, "gelu_tanh"),
     _case(17, 100, 8, "silu", bias=False, scale=2.0),
     _case(9, 33, 130, "linear"),
+    _case(300, 20, 5, "gelu"),  # several chunks of gradients
 ]
 TRAFFIC = _case(130, 576, 16, "gelu")
 

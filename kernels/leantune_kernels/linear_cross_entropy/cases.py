@@ -12,9 +12,21 @@ from leantune_kernels.linear_cross_entropy.reference import plain as plain_label
 from leantune_kernels.linear_cross_entropy.reference import plain_distillation
 from leantune_kernels.testing import Case, Floor, Inputs, normal
 
-__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "TRAFFIC", "contenders", "floor", "function", "of_length", "plain"]
+__all__ = [
+    "BENCHMARKS",
+    "BITS_BY_THREADS",
+    "CASES",
+    "MEMORY_BOUND",
+    "TRAFFIC",
+    "contenders",
+    "floor",
+    "function",
+    "of_length",
+    "plain",
+]
 
 MEMORY_BOUND = True  # the part between the products
+BITS_BY_THREADS = ("hidden",)  # a product of PyTorch's over the vocabulary
 
 
 def function(**inputs):  # type: ignore[no-untyped-def]
@@ -74,6 +86,9 @@ CASES = [
     _case(9, 12, 65, teacher="logits", bias=True, alpha=0.3, reduction="none"),
     _case(7, 8, 41, teacher="probabilities", labels=False, alpha=1.0, temperature=3.0, reduction="sum"),
     _case(5, 8, 40, teacher="logits", ignored=1.1),
+    # several times what the Triton kernels hold of a row at once, as a real vocabulary; larger logits come later
+    _case(5, 4, 40_000, bias=True, label_smoothing=0.1, z_loss=1e-2),
+    _case(5, 4, 40_000, teacher="logits", alpha=0.3, temperature=2.0),
 ]
 TRAFFIC = _case(20, 8, 3000)
 

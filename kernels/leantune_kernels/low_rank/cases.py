@@ -10,9 +10,21 @@ from leantune_kernels.low_rank import LoRALayer, lora_linear, lora_linear_group
 from leantune_kernels.low_rank.reference import plain as plain_linear
 from leantune_kernels.testing import Case, Floor, Inputs, normal
 
-__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "PEERS", "TRAFFIC", "floor", "function", "of_length", "plain"]
+__all__ = [
+    "BENCHMARKS",
+    "BITS_BY_THREADS",
+    "CASES",
+    "MEMORY_BOUND",
+    "PEERS",
+    "TRAFFIC",
+    "floor",
+    "function",
+    "of_length",
+    "plain",
+]
 
 MEMORY_BOUND = False  # the dense product of the frozen weight is most of it
+BITS_BY_THREADS = ("weight",)  # a product of PyTorch's over the rows
 
 
 def function(x: torch.Tensor, **given: Any) -> torch.Tensor:
@@ -75,6 +87,7 @@ CASES = [
     _case(33, 48, 17, 8, bias=False),
     _case(130, 160, 192, 16, bias=False),
     _case(61, 100, 130, 65, bias=False),
+    _case(1300, 16, 20, 3),  # several groups of 8 row tiles, several chunks of gradients
     _group(37, 64, (72, 16, True), (24, 3, False), (24, 8, True)),
 ]
 TRAFFIC = _case(130, 160, 192, 16, bias=False)

@@ -41,6 +41,7 @@ CASES = [
     _case(0, 64, 5),
     _case(2, 128, 131, double_quant=False),
     _case(3, 320, 33, bias=False),
+    _case(2, 192, 100),  # more than one group of 256 nested scales
     _case(FUSED_ROWS - 1, 576, 20),
     _case(FUSED_ROWS, 192, 18, double_quant=False, bias=False),
     _case(FUSED_ROWS + 1, 192, 18),

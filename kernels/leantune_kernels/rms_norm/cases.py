@@ -39,6 +39,7 @@ def _case(rows: int, cols: int, scale: float = 1.0, residual: bool = False) -> C
 CASES = [
     *(_case(rows, cols) for rows, cols in [(1, 5), (0, 8), (3, 17), (70, 576), (513, 33)]),
     _case(9, 1030),  # longer than what the CUDA kernels hold in registers
+    _case(2100, 8),  # more rows than the CUDA kernels have blocks
     _case(5, 64, scale=1e-3),
     _case(9, 17, residual=True),
     _case(6, 4100, residual=True),
