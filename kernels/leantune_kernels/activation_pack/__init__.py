@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from leantune_kernels.autograd import is_exact
 from leantune_kernels.checks import FLOATS, expect
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -91,10 +92,11 @@ def packed_saves(mode: str, minimum_size: int = 65536, to_host: bool = False) ->
         loss.backward()
 
     Left as they are: tensors below `minimum_size` elements, parameters and their views, dtypes that packing would not
-    make smaller, integers. Choose minimum_size above the size of what must stay exact, such as attention's
-    log-sum-exp [heads, tokens]. A tensor that several operations keep is packed once for each. With `to_host` what is
-    packed moves to pinned host memory on a stream of its own, and comes back when the backward pass asks for it;
-    ValueError without CUDA.
+    make smaller, integers; and of this library's operations weights of any kind, statistics (attention's log-sum-exp),
+    rotary tables, and the finished gradients of linear_cross_entropy. PyTorch's own operations do not say what must
+    stay exact: give them a frozen weight as a Parameter, and choose minimum_size above the size of their statistics. A
+    tensor that several operations keep is packed once for each. With `to_host` what is packed moves to pinned host
+    memory on a stream of its own, and comes back when the backward pass asks for it; ValueError without CUDA.
     """
     _check_mode(mode)
     if to_host and not torch.cuda.is_available():
@@ -118,7 +120,7 @@ def packed_saves(mode: str, minimum_size: int = 65536, to_host: bool = False) ->
 def _worthwhile(x: torch.Tensor, mode: str, minimum_size: int) -> bool:
     smaller = x.dtype in FLOATS and x.element_size() > {"bf16": 2, "int8": 1}[mode]
     weight = isinstance(x, torch.nn.Parameter) or isinstance(x._base, torch.nn.Parameter)
-    return smaller and not weight and x.numel() >= max(1, minimum_size)
+    return smaller and not weight and x.numel() >= max(1, minimum_size) and not is_exact(x)
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, save
 from leantune_kernels.checks import expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -110,7 +110,7 @@ class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, activation, *tensors):  # type: ignore[no-untyped-def]
         flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat, *tensors)
+        save(ctx, flat, *tensors, exact=tensors)
         ctx.scale, ctx.activation = scale, activation
         return forward(flat, Weights(*tensors), scale, activation).view(x.shape)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, save
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -114,7 +114,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):  # type: ignore[no-untyped-def]
         flat = x.reshape(-1, x.shape[-1])
         y, mean, rstd = forward(flat, weight, bias, eps)
-        ctx.save_for_backward(flat, weight, mean, rstd)
+        save(ctx, flat, weight, mean, rstd, exact=(weight, mean, rstd))
         ctx.shape = x.shape
         return y.view(x.shape)
 
@@ -129,7 +129,7 @@ class _AddLayerNorm(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         s = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
         y, mean, rstd = forward(flat, weight, bias, eps, residual=residual.reshape(flat.shape), summed=s)
-        ctx.save_for_backward(s, weight, mean, rstd)
+        save(ctx, s, weight, mean, rstd, exact=(weight, mean, rstd))
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return y.view(x.shape), s.view(x.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call
+from leantune_kernels.autograd import call, save
 from leantune_kernels.checks import FLOATS, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -99,7 +99,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
         flat = x.reshape(-1, x.shape[-1])
         y, rstd = forward(flat, weight, eps)
-        ctx.save_for_backward(flat, weight, rstd)
+        save(ctx, flat, weight, rstd, exact=(weight, rstd))
         return y.view(x.shape)
 
     @staticmethod
@@ -115,7 +115,7 @@ class _AddRMSNorm(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         s = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
         y, rstd = forward(flat, weight, eps, residual=residual.reshape(flat.shape), summed=s)
-        ctx.save_for_backward(s, weight, rstd)
+        save(ctx, s, weight, rstd, exact=(weight, rstd))
         ctx.set_materialize_grads(False)
         return y.view(x.shape), s.view(x.shape)
 
