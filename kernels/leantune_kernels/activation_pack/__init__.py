@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from leantune_kernels.autograd import is_exact
-from leantune_kernels.checks import FLOATS, expect
+from leantune_kernels.checks import FLOATS, as_rows, expect
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -56,14 +56,14 @@ def pack(x: torch.Tensor, mode: str) -> Packed:
     _check_mode(mode)
     if x.dtype not in FLOATS:
         raise ValueError(f"x is {x.dtype}; it must be one of {', '.join(map(str, FLOATS))}")
-    rows = _rows(x.detach())
+    rows = as_rows(x.detach())
     if mode == "bf16":
         data = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-        OP.pick(x).pack_bf16(rows, _rows(data))
+        OP.pick(x).pack_bf16(rows, as_rows(data))
         return Packed(data, None, x.dtype)
     data = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
-    OP.pick(x).pack_int8(rows, _rows(data), scales)
+    OP.pick(x).pack_int8(rows, as_rows(data), scales)
     return Packed(data, scales, x.dtype)
 
 
@@ -77,9 +77,9 @@ def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
     if not out.is_contiguous():
         raise ValueError(f"out has strides {out.stride()} for shape {tuple(out.shape)}; it must be contiguous")
     if packed.scales is None:
-        OP.pick(out).unpack_bf16(_rows(data), _rows(out))
+        OP.pick(out).unpack_bf16(as_rows(data), as_rows(out))
     else:
-        OP.pick(out).unpack_int8(_rows(data), packed.scales, _rows(out), reused)
+        OP.pick(out).unpack_int8(as_rows(data), packed.scales, as_rows(out), reused)
     return out
 
 
@@ -162,9 +162,3 @@ class _OnHost:
 def _check_mode(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}")
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` as [rows, columns]: its last dimension is the columns, a scalar is one row of one."""
-    cols = x.shape[-1] if x.dim() else 1
-    return x.reshape(x.numel() // max(1, cols), cols)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from leantune_kernels.autograd import call, save
-from leantune_kernels.checks import expect, expect_dims
+from leantune_kernels.checks import as_rows, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -50,7 +50,7 @@ def gated_mlp(
     for the backward pass are x, gate and up; h is computed again. Raises ValueError for what does not fit.
     """
     weights = Weights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-    _check(x.reshape(-1, x.shape[-1]), weights, activation)
+    _check(as_rows(x), weights, activation)
     return call(_GatedMLP, x, activation, *weights)
 
 
@@ -98,7 +98,7 @@ def _check(x: torch.Tensor, weights: Weights, activation: str) -> None:
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activation, *tensors):  # type: ignore[no-untyped-def]
-        flat, weights = x.reshape(-1, x.shape[-1]), Weights(*tensors)
+        flat, weights = as_rows(x), Weights(*tensors)
         y, gate, up = forward(flat, weights, activation)
         save(ctx, flat, gate, up, *tensors, exact=tensors)
         ctx.activation, ctx.overwritten = activation, False
