@@ -5,7 +5,8 @@
   between them at run time, so that one library serves any x86-64 machine. Nothing links an OpenMP runtime (see
   csrc/common/parallel.h).
 - _native: Python's view of it (csrc/bindings.cpp), linked to the library beside it, so that a process has one copy.
-- libleantune_kernels_cuda.so: csrc/*/cuda.cu for sm_80, sm_90 and sm_100; opened at run time, left out without nvcc.
+- libleantune_kernels_cuda.so: csrc/*/cuda.cu for sm_80, sm_90 and sm_100, and PTX for what comes after; opened at run
+  time, left out without nvcc.
 
 Everything else about the package is in pyproject.toml.
 """
@@ -40,6 +41,8 @@ EXPORTS = CSRC / "common" / "exports.map"
 CUDA_ARCHITECTURES = ("80", "90", "100")
 CUDA = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--cudart", "static"]
 CUDA += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+NEWEST = f"compute_{CUDA_ARCHITECTURES[-1]}"
+CUDA += [f"-gencode=arch={NEWEST},code={NEWEST}"]  # PTX, which newer cards compile for themselves
 CUDA_JOBS = 2  # nvcc takes up to 2 GB for a source
 
 

@@ -43,3 +43,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def can_read(value: torch.Tensor) -> bool:
     """Whether a check may look at the elements: on a device the host would wait for them, in a graph there are none."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` [..., H] as kernels take it: last dimension contiguous, rows any distance apart. Copies only if it must."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

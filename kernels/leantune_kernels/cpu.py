@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels import _native
+from leantune_kernels.checks import rows
+
+__all__ = ["DTYPE_CODES", "OPENMP_RUNTIME", "address", "lib", "refuses", "rows"]
 
 lib = _native
 
@@ -23,11 +26,6 @@ def refuses(x: torch.Tensor) -> str | None:
     if x.dtype not in DTYPE_CODES:
         return f"dtype is {x.dtype}, supported are float32, bfloat16, float16"
     return None
-
-
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` [T, H] as the kernels take it: last dimension contiguous, rows any distance apart. Copies only if it must."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def address(x: torch.Tensor | None) -> int:

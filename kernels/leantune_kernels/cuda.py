@@ -1,7 +1,8 @@
 """The CUDA library as PyTorch's client sees it: loaded when first asked for, on the stream that PyTorch uses.
 
-setup.py builds it where nvcc is found. Its kernels are compiled for sm_80, sm_90 and sm_100. `lib` has its functions,
-which take addresses and numbers and end with the stream: `with cuda.stream(x) as s: lib.rope(..., s)`.
+setup.py builds it where nvcc is found. Its kernels are compiled for sm_80, sm_90 and sm_100; newer cards compile the
+PTX that comes with them when they first meet it. `lib` has its functions, which take addresses and numbers and end with
+the stream: `with cuda.stream(x) as s: lib.rope(..., s)`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import torch
 
 import leantune_kernels
 from leantune_kernels import cpu
-from leantune_kernels.cpu import DTYPE_CODES, address, rows
+from leantune_kernels.checks import rows
+from leantune_kernels.cpu import DTYPE_CODES, address
 
 __all__ = ["DTYPE_CODES", "address", "lib", "library", "refuses", "rows", "stream", "use_library"]
 
 lib = cpu.lib.cuda
+
+OLDEST = (8, 0)  # compute capability that the library has code for
 
 _opened: Path | None = None
 _device = "cuda"  # the type of device whose memory the library works on
@@ -51,6 +55,10 @@ def refuses(x: torch.Tensor) -> str | None:
         return f"device is {x.device.type}"
     if x.dtype not in DTYPE_CODES:
         return f"dtype is {x.dtype}, supported are float32, bfloat16, float16"
+    if x.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < OLDEST:
+            return "compute capability is {}.{}, the kernels need {}.{} or newer".format(*capability, *OLDEST)
     return None
 
 

@@ -39,12 +39,14 @@ class Op:
     """One op and its implementations, found as files in the op's package.
 
     Each implementation module defines `refuses(x) -> str | None`, the reason why it cannot take a call whose main
-    tensor is `x`, and the op's raw functions under the same names.
+    tensor is `x`, and the op's raw functions under the same names. `refuses` looks at x's device, its dtype and the
+    sizes that `dims` names (0 where only device and dtype are asked about); the choice is kept for all x alike in it.
     """
 
     package: str  # such as "leantune_kernels.rms_norm"
     effects: dict[str, Effects] = field(default_factory=dict)  # of raw functions that overwrite arguments
-    _picked: dict[tuple[str | None, str, torch.dtype], ModuleType] = field(default_factory=dict)
+    dims: tuple[int, ...] = ()  # dimensions of the main tensor by whose sizes an implementation may refuse
+    _picked: dict[tuple[str | None, str, torch.dtype, tuple[int, ...]], ModuleType] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -78,7 +80,7 @@ class Op:
         """
         if torch.compiler.is_compiling():
             return Traced(self.package, self.effects)  # type: ignore[return-value]
-        key = (os.environ.get("LEANTUNE_IMPL"), x.device.type, x.dtype)
+        key = (os.environ.get("LEANTUNE_IMPL"), x.device.type, x.dtype, tuple([x.shape[dim] for dim in self.dims]))
         module = self._picked.get(key)
         if module is None:
             module = self._picked[key] = self._choose(key[0], x)
@@ -86,13 +88,14 @@ class Op:
 
     def _choose(self, setting: str | None, x: torch.Tensor) -> ModuleType:
         wanted = forced(setting, self.name)
-        reasons = []
+        reasons: list[str] = []
         for name in [wanted] if wanted else IMPLEMENTATIONS:
             reason = self.refusal(name, x)
             if reason is None and not wanted and name in EMULATED and x.device.type == "cpu":
                 reason = "emulated on cpu, so only where it is forced"
             if reason is None:
-                log.info("%s on %s %s: %s", self.name, x.device.type, x.dtype, name)
+                passed_over = f" ({'; '.join(reasons)})" if reasons else ""
+                log.info("%s on %s %s: %s%s", self.name, x.device.type, x.dtype, name, passed_over)
                 module = self.implementation(name)
                 assert module is not None
                 return module

@@ -1,12 +1,14 @@
 """Triton as the kernels see it: whether it can serve, and configurations that are timed on a device only.
 
-Rules for a triton_impl.py: launch arguments by keyword; `do_not_specialize` for lengths, so that no length compiles
-anew; offsets of rows in int64; loads widened to fp32 at once, narrowed where they are stored; no atomics.
+Rules for a triton_impl.py: raw functions are `on_device`; launch arguments by keyword; `do_not_specialize` for lengths,
+so that no length compiles anew; offsets of rows in int64; loads widened to fp32 at once, narrowed where stored; no
+atomics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -25,6 +27,31 @@ def refuses(x: torch.Tensor) -> str | None:
         return f"device is {x.device.type}"
     if x.dtype not in FLOATS:
         return f"dtype is {x.dtype}, supported are float32, bfloat16, float16"
+    return None
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A raw function during which its tensors' device is the current one: that is where Triton launches."""
+
+    @wraps(function)
+    def guarded(*args: Any, **options: Any) -> Any:
+        device = _device_of([*args, *options.values()])
+        if device is None or device.type != "cuda":
+            return function(*args, **options)
+        with torch.cuda.device(device):
+            return function(*args, **options)
+
+    return guarded
+
+
+def _device_of(values: Iterable[Any]) -> torch.device | None:
+    """Of the first tensor among the values, in lists of them, or among the parameters of an optimizer's table."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        found = _device_of(value if isinstance(value, (list, tuple)) else getattr(value, "params", ()))
+        if found is not None:
+            return found
     return None
 
 

@@ -16,6 +16,7 @@ from leantune_kernels import attention as ops
 from leantune_kernels import testing
 from leantune_kernels.attention.cases import cumulative
 from leantune_kernels.attention.reference import plain
+from leantune_kernels.dispatch import CannotServe
 
 LENGTHS = [5, 70, 0, 33, 130]
 HEADS, KV_HEADS, DIM = 4, 2, 24
@@ -282,7 +283,7 @@ def test_a_head_too_wide_for_a_device(implementation):
     if implementation not in ("cuda", "triton"):
         pytest.skip("any head_dim fits")
     x = torch.randn(6, 1, 264)
-    with pytest.raises(ValueError, match="head_dim=264 exceeds 256"):
+    with pytest.raises(CannotServe, match=f"{implementation}: head_dim=264 exceeds 256"):
         ops.attention(x, x, x, cumulative([6]))
 
 

@@ -68,6 +68,22 @@ def test_group_that_shares_its_input_is_what_its_members_give_alone(dtype, imple
         torch.testing.assert_close((dA, dB), alone, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_input_gradient_of_a_group_is_rounded_once(dtype, implementation):
+    if implementation.startswith("cpu"):
+        pytest.skip("the vendor's products round dx after each layer, as native_impl says")
+    x = torch.randn(70, 48).to(dtype).requires_grad_()
+    layers, exact = [], torch.zeros(70, 48, dtype=torch.float64)
+    for outputs, rank in ((60, 16), (17, 5), (33, 8), (40, 3)):
+        A, B = (factor.to(dtype).float() for factor in factors(48, outputs, rank))
+        layers.append(low_rank.LoRALayer(torch.randn(outputs, 48).to(dtype), None, A, B, 0.001))
+    dys = [torch.randn(70, layer.weight.shape[0]).to(dtype) for layer in layers]
+    for (weight, _, A, B, scale), dy in zip(layers, dys, strict=True):
+        exact += dy.double() @ (weight.double() + scale * B.double() @ A.double())
+    (dx,) = torch.autograd.grad(low_rank.lora_linear_group(x, layers), x, dys)
+    assert (dx != exact.to(dtype)).double().mean() < 0.01  # a second rounding changes some 30%
+
+
 def test_gradients_of_no_rows_are_zero_and_accumulating_them_changes_nothing():
     A, B = factors(20, 30, 4)
     x, dy = torch.empty(0, 20), torch.empty(0, 30)

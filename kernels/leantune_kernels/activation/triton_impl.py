@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.cpu import rows
-from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
+from leantune_kernels.checks import rows
+from leantune_kernels.triton_runtime import ceil_div, on_device, power_of_two, refuses
 
 __all__ = ["backward", "forward", "place", "refuses", "tiles", "value_slope"]
 
@@ -87,6 +87,7 @@ def _backward(
     tl.store(dx_ptr + t * dx_stride + h, dy * slope, mask=mask)
 
 
+@on_device
 def forward(x, activation, out=None):
     x = rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
@@ -99,6 +100,7 @@ def forward(x, activation, out=None):
     return y
 
 
+@on_device
 def backward(dy, x, activation, out=None):
     dy, x = rows(dy), rows(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leantune_kernels.cpu import rows
+from leantune_kernels.checks import rows
 from leantune_kernels.int8.triton_impl import dequantise as unpack_int8
 from leantune_kernels.int8.triton_impl import quantise as pack_int8
-from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
+from leantune_kernels.triton_runtime import ceil_div, on_device, power_of_two, refuses
 
 __all__ = ["pack_bf16", "pack_int8", "refuses", "unpack_bf16", "unpack_int8"]
 
@@ -32,9 +32,11 @@ def _convert(x, y):
         )  # fmt: skip
 
 
+@on_device
 def pack_bf16(x, data):
     _convert(rows(x), data)
 
 
+@on_device
 def unpack_bf16(data, out):
     _convert(data, out)

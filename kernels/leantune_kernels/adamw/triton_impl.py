@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leantune_kernels.triton_runtime import refuses
+from leantune_kernels.triton_runtime import on_device, refuses
 from leantune_kernels.triton_tensor_list import (
     GRAD,
     GRAD_DTYPE,
@@ -91,6 +91,7 @@ def adamw_kernel(
             store_value(row, p, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
+@on_device
 def update(table, grads, *, lr, weight_decay, beta1, beta2, eps, grad_scale, step, seed):
     grid, arguments = launch(table, grads, lr, weight_decay, seed)
     if grid[0]:

@@ -19,7 +19,11 @@ from leantune_kernels.checks import can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
-OP = Op(__name__, effects={"forward": Effects((6,), returns=True), "backward": Effects((9, 10, 11), returns=True)})
+OP = Op(
+    __name__,
+    effects={"forward": Effects((6,), returns=True), "backward": Effects((9, 10, 11), returns=True)},
+    dims=(-1,),
+)
 
 
 def attention(

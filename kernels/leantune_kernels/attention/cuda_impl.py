@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.cuda import DTYPE_CODES, lib, refuses, rows, stream
+from leantune_kernels import cuda
+from leantune_kernels.cuda import DTYPE_CODES, lib, rows, stream
 
 __all__ = ["backward", "forward", "refuses"]
 
 MOST_DIM = 256
+
+
+def refuses(x: torch.Tensor) -> str | None:
+    """The reason why the kernels cannot take `x` [T, heads, head_dim], None if they can."""
+    if x.shape[-1] > MOST_DIM:
+        return f"head_dim={x.shape[-1]} exceeds {MOST_DIM}"
+    return cuda.refuses(x)
 
 
 def _view(x: torch.Tensor) -> tuple[int, int, int]:
@@ -19,13 +27,7 @@ def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
 
 
-def _check(dim: int) -> None:
-    if dim > MOST_DIM:
-        raise ValueError(f"head_dim={dim} exceeds {MOST_DIM}, the largest that the CUDA kernel takes")
-
-
 def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type: ignore[no-untyped-def]
-    _check(q.shape[2])
     q, k, v, cu_seqlens = rows(q), rows(k), rows(v), cu_seqlens.contiguous()
     o = _result(out, q)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
@@ -41,7 +43,6 @@ def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type:
 def backward(  # type: ignore[no-untyped-def]
     do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None
 ):
-    _check(q.shape[2])
     do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
     lse, cu_seqlens = lse.contiguous(), cu_seqlens.contiguous()
     dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)

@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.triton_runtime import INTERPRETING, autotune, ceil_div, power_of_two, refuses
+from leantune_kernels import triton_runtime
+from leantune_kernels.checks import rows
+from leantune_kernels.triton_runtime import INTERPRETING, autotune, ceil_div, on_device, power_of_two
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -220,11 +222,16 @@ _KEY_GRADIENT = {
 }
 
 
+def refuses(x: torch.Tensor) -> str | None:
+    """The reason why the kernels cannot take `x` [T, heads, head_dim], None if they can."""
+    if x.shape[-1] > MOST_DIM:
+        return f"head_dim={x.shape[-1]} exceeds {MOST_DIM}"
+    return triton_runtime.refuses(x)
+
+
 def _arguments(q, k, cu_seqlens, causal, window):
     """What the three kernels take alike."""
     tokens, heads, dim = q.shape
-    if dim > MOST_DIM:
-        raise ValueError(f"head_dim={dim} exceeds {MOST_DIM}, the largest that the Triton kernel takes")
     before = tokens if window is None else min(window - 1, tokens)
     return {
         "cu_ptr": cu_seqlens.contiguous(), "tokens": tokens, "sequences": cu_seqlens.numel() - 1,
@@ -237,16 +244,13 @@ def _matrix(name: str, x: torch.Tensor) -> dict[str, torch.Tensor | int]:
     return {f"{name}_ptr": x, f"{name}_stride": x.stride(0), f"{name}_head": x.stride(1)}
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
 def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
 
 
+@on_device
 def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):
-    q, k, v, o = _rows(q), _rows(k), _rows(v), _result(out, q)
+    q, k, v, o = rows(q), rows(k), rows(v), _result(out, q)
     shared = _arguments(q, k, cu_seqlens, causal, window)
     tokens, sequences = shared["tokens"], shared["sequences"]
     lse = torch.empty(q.shape[1], tokens, dtype=torch.float32, device=q.device)
@@ -258,8 +262,9 @@ def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):
     return o, lse
 
 
+@on_device
 def backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None):
-    do, q, k, v, o, lse = _rows(do), _rows(q), _rows(k), _rows(v), _rows(o), lse.contiguous()
+    do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
     dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
     shared = _arguments(q, k, cu_seqlens, causal, window)
     tokens, sequences, dim = shared["tokens"], shared["sequences"], shared["dim"]

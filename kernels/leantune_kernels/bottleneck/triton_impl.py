@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from leantune_kernels.activation.triton_impl import value_slope
-from leantune_kernels.low_rank.triton_impl import partial_gradients, product_type, reduce_partials, rows_of
-from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
+from leantune_kernels.checks import rows
+from leantune_kernels.low_rank.triton_impl import partial_gradients, product_type, reduce_partials
+from leantune_kernels.triton_runtime import ceil_div, on_device, power_of_two, refuses
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -119,8 +120,9 @@ def _blocks(rank: int) -> dict[str, int]:
     }
 
 
+@on_device
 def forward(x, weights, scale, activation, out):
-    x, (down, up, down_bias, up_bias) = rows_of(x), weights
+    x, (down, up, down_bias, up_bias) = rows(x), weights
     blocks = _blocks(down.shape[0])
     if x.numel():
         _forward_kernel[(ceil_div(x.shape[0], blocks["BLOCK_T"]),)](
@@ -130,18 +132,19 @@ def forward(x, weights, scale, activation, out):
         )  # fmt: skip
 
 
+@on_device
 def backward(dy, x, weights, scale, activation, dx, ddown, dup, ddown_bias, dup_bias):
-    dy, x, (down, up, down_bias, _) = rows_of(dy), rows_of(x), weights
-    (rows, H), R = x.shape, down.shape[0]
+    dy, x, (down, up, down_bias, _) = rows(dy), rows(x), weights
+    (T, H), R = x.shape, down.shape[0]
     blocks = _blocks(R)
-    count = ceil_div(rows, blocks["BLOCK_T"])
-    h, dz = torch.empty(2, rows, R, device=x.device)
+    count = ceil_div(T, blocks["BLOCK_T"])
+    h, dz = torch.empty(2, T, R, device=x.device)
     dz_sums = None if ddown_bias is None else torch.empty(count, 1, R, device=x.device)
     dy_sums = None if dup_bias is None else torch.empty(count, 1, H, device=x.device)
     if x.numel():
         _backward_kernel[(count,)](
             dy_ptr=dy, x_ptr=x, down_ptr=down, down_bias_ptr=down_bias, up_ptr=up, dx_ptr=dx, h_ptr=h, dz_ptr=dz,
-            dz_sum_ptr=dz_sums, dy_sum_ptr=dy_sums, rows=rows, dy_stride=dy.stride(0), x_stride=x.stride(0),
+            dz_sum_ptr=dz_sums, dy_sum_ptr=dy_sums, rows=T, dy_stride=dy.stride(0), x_stride=x.stride(0),
             dx_stride=0 if dx is None else dx.stride(0), scale=scale, H=H, R=R, ACTIVATION=activation,
             DOT=product_type(x.dtype), **blocks,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from leantune_kernels.triton_philox import philox_words
-from leantune_kernels.triton_runtime import ceil_div, refuses
+from leantune_kernels.triton_runtime import ceil_div, on_device, refuses
 
 __all__ = ["forward", "refuses"]
 
@@ -28,6 +28,7 @@ def _dropout_kernel(
     tl.store(y_ptr + element, x * tl.where(words >= threshold, scale, 0.0), mask=mask)
 
 
+@on_device
 def forward(x, threshold, scale, seed, offset, out=None):
     x = x.contiguous()
     y = torch.empty_like(x) if out is None else out

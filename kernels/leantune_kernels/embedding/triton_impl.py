@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
+from leantune_kernels.triton_runtime import ceil_div, on_device, power_of_two, refuses
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -91,6 +91,7 @@ def _join_kernel(
         _write(dweight_ptr + row * dweight_stride, column, cols, total, scale, ACCUMULATE)
 
 
+@on_device
 def forward(ids, weight, scale, out):
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if out.numel():
@@ -101,6 +102,7 @@ def forward(ids, weight, scale, out):
         )  # fmt: skip
 
 
+@on_device
 def backward(dy, ids, dweight, scale, padding_idx, accumulate):
     if not accumulate:
         dweight.zero_()

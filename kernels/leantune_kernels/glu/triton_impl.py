@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from leantune_kernels.activation.triton_impl import place, tiles, value_slope
-from leantune_kernels.cpu import rows
-from leantune_kernels.triton_runtime import refuses
+from leantune_kernels.checks import rows
+from leantune_kernels.triton_runtime import on_device, refuses
 
 __all__ = ["backward", "backward_", "forward", "refuses"]
 
@@ -41,6 +41,7 @@ def _backward(
     tl.store(d_up_ptr + t * d_up_stride + i, dh * value, mask=mask)
 
 
+@on_device
 def forward(gate, up, out=None, activation="silu"):
     gate, up = rows(gate), rows(up)
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
@@ -53,6 +54,7 @@ def forward(gate, up, out=None, activation="silu"):
     return h
 
 
+@on_device
 def backward(dh, gate, up, activation="silu"):
     dh, gate, up = rows(dh), rows(gate), rows(up)
     d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
@@ -60,6 +62,7 @@ def backward(dh, gate, up, activation="silu"):
     return d_gate, d_up
 
 
+@on_device
 def backward_(dh, gate, up, activation="silu"):
     _launch_backward(dh, gate, up, dh, gate, up, activation)
 

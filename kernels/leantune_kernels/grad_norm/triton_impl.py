@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from leantune_kernels.tensor_list import grad_rows, pieces
-from leantune_kernels.triton_runtime import refuses
+from leantune_kernels.triton_runtime import on_device, refuses
 from leantune_kernels.triton_tensor_list import (
     BLOCK,
     GRAD,
@@ -69,6 +69,7 @@ def _launch(grads: list[torch.Tensor]) -> tuple[tuple[int], dict[str, object]]:
     return (len(cut),), {"rows": on_device, "pieces": cut, "BLOCK": BLOCK, "ALIGNED": aligned(rows)}
 
 
+@on_device
 def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
     grid, arguments = _launch(grads)
     sums = torch.empty(grid, dtype=torch.float64, device=grads[0].device)
@@ -79,6 +80,7 @@ def sum_of_squares(grads: list[torch.Tensor]) -> torch.Tensor:
     return result
 
 
+@on_device
 def scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
     grid, arguments = _launch(grads)
     if grid[0]:

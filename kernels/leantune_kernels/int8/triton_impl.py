@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.cpu import rows
+from leantune_kernels.checks import rows
 from leantune_kernels.int8.reference import SMALLEST
-from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
+from leantune_kernels.triton_runtime import ceil_div, on_device, power_of_two, refuses
 
 __all__ = ["dequantise", "linear", "quantise", "refuses"]
 
@@ -81,6 +81,7 @@ def _linear_kernel(
     tl.store(y_ptr + t[:, None] * y_stride + n[None, :], y, mask=(t < rows)[:, None] & (n < outputs)[None, :])
 
 
+@on_device
 def quantise(x, codes, scales):
     x = rows(x)
     if x.shape[0]:
@@ -90,6 +91,7 @@ def quantise(x, codes, scales):
         )  # fmt: skip
 
 
+@on_device
 def dequantise(codes, scales, out, reused):
     if out.numel():
         block = power_of_two(out.shape[1], at_most=TILE)
@@ -99,6 +101,7 @@ def dequantise(codes, scales, out, reused):
         )  # fmt: skip
 
 
+@on_device
 def linear(x, codes, scales, bias, y):
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if y.numel():

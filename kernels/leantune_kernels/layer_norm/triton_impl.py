@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.cpu import rows
+from leantune_kernels.checks import rows
 from leantune_kernels.rms_norm.triton_impl import plan
-from leantune_kernels.triton_runtime import refuses
+from leantune_kernels.triton_runtime import on_device, refuses
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -84,6 +84,7 @@ def _backward(
         tl.store(out, tl.sum(dbias, axis=0, keep_dims=True), mask=h < cols)
 
 
+@on_device
 def forward(x, weight, bias, eps, out=None, residual=None, summed=None):
     x, weight, bias = rows(x), weight.contiguous(), None if bias is None else bias.contiguous()
     residual = None if residual is None else rows(residual)
@@ -102,6 +103,7 @@ def forward(x, weight, bias, eps, out=None, residual=None, summed=None):
     return y, mean, rstd
 
 
+@on_device
 def backward(dy, x, weight, mean, rstd, residual=None, out=None, need_dweight=False, need_dbias=False):
     dy, x, weight, mean, rstd = rows(dy), rows(x), weight.contiguous(), mean.contiguous(), rstd.contiguous()
     residual = None if residual is None else rows(residual)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.triton_runtime import power_of_two, refuses
+from leantune_kernels.triton_runtime import on_device, power_of_two, refuses
 
 __all__ = ["cross_entropy_rows", "distillation_rows", "refuses"]
 
@@ -164,6 +164,7 @@ def _distillation_kernel(
                 tl.store(row_ptr + begin + column, g, mask=begin + column < cols)
 
 
+@on_device
 def cross_entropy_rows(*, logits, targets, row_scale, scale, label_smoothing, z_loss, need_gradient):
     rows, cols = logits.shape
     losses = torch.empty(rows, dtype=torch.float64, device=logits.device)
@@ -178,6 +179,7 @@ def cross_entropy_rows(*, logits, targets, row_scale, scale, label_smoothing, z_
     return losses
 
 
+@on_device
 def distillation_rows(*, logits, teacher, targets, alpha, temperature, row_scale, scale, need_gradient):
     rows, cols = logits.shape
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()

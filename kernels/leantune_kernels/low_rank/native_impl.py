@@ -6,7 +6,8 @@ tokens, 4096 x 4096 at 512 tokens), as time of the vendor's formulation over our
     merge      rank 8 to 64: 0.9 to 1.6; 128: 0.6 to 0.9; 256: 0.4 to 0.9
     add_       rank 8: 1.0 to 1.3; 16 to 64: 1.0 to 1.1 where inputs >= 2 outputs, else 0.85 to 1.05; 128: 0.5 to 1.0
     gradients  rank * (inputs + outputs) up to 131 072: 1.0 to 2.1; from 262 144 on, and from rank 64 on: 0.3 to 0.95
-The rules below follow. bf16 and fp16 are widened block by block and always ours.
+The rules below follow. bf16 and fp16 are widened block by block and always ours. There the outputs and the gradient of
+a group's input are rounded after each product: twice a layer, where plain PyTorch rounds four times.
 """
 
 from __future__ import annotations

@@ -2,20 +2,24 @@
 
 S = x A^T is one skinny product for all adapters that read x. The linear layer itself folds the rank-r product into its
 accumulator, [x, S] . [W, s B]^T, so that y is written once and never read; the gradient of the input is the same kernel
-on the weight's other side. Gradients of the factors are sums over fixed chunks of rows, reduced in order. Products of
-half-precision x take S and the factors rounded to x's dtype, those of float32 are IEEE float32.
+on the weight's other side, and the layers of a group in one sum. Gradients of the factors are sums over fixed chunks
+of rows, reduced in order. Products of half-precision x take S and the factors rounded to x's dtype, those of float32
+are IEEE float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from leantune_kernels.checks import rows
 from leantune_kernels.low_rank import device
-from leantune_kernels.triton_runtime import INTERPRETING, autotune, ceil_div, power_of_two, refuses
+from leantune_kernels.triton_runtime import INTERPRETING, autotune, ceil_div, on_device, power_of_two, refuses
 
 __all__ = ["add_", "gradients_group", "input_gradient_group", "linear_group", "merge", "refuses"]
 
@@ -52,13 +56,47 @@ def _project_kernel(
     tl.store(s_ptr + t.to(tl.int64)[:, None] * s_stride + r[None, :], total, mask=t_in & r_in)
 
 
+@triton.jit
+def _add_dense(total, part, t, t_in, n, n_in, DOT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """total + x M of a part of _product_kernel."""
+    x_ptr, m_ptr, _, _, x_stride, m_k, m_n, _, _, _, _, K, _ = part
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + t[:, None] * x_stride + k[None, :]
+    m_at = m_ptr + k.to(tl.int64)[:, None] * m_k + n[None, :] * m_n
+    m_step = tl.to_tensor(m_k).to(tl.int64) * BLOCK_K
+    for begin in range(0, K, BLOCK_K):
+        left = K - begin
+        x = tl.load(x_at, mask=t_in & (k < left)[None, :], other=0.0).to(DOT)
+        m = tl.load(m_at, mask=(k < left)[:, None] & n_in, other=0.0).to(DOT)
+        total = tl.dot(x, m, total, input_precision="ieee")
+        x_at += BLOCK_K
+        m_at += m_step
+    return total
+
+
+@triton.jit
+def _add_low_rank(total, part, t, t_in, n, n_in, DOT: tl.constexpr, BLOCK_R: tl.constexpr):
+    """total + scale * s Q of a part of _product_kernel."""
+    _, _, s_ptr, q_ptr, _, _, _, s_stride, q_r, q_n, scale, _, R = part
+    for begin in range(0, R, BLOCK_R):
+        r = begin + tl.arange(0, BLOCK_R)
+        r_in = r < R
+        s = tl.load(s_ptr + t[:, None] * s_stride + r[None, :], mask=t_in & r_in[None, :], other=0.0)
+        q = tl.load(q_ptr + r.to(tl.int64)[:, None] * q_r + n[None, :] * q_n, mask=r_in[:, None] & n_in, other=0.0)
+        total = tl.dot(s.to(DOT), (q * scale).to(DOT), total, input_precision="ieee")
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _product_kernel(
-    x_ptr, m_ptr, bias_ptr, s_ptr, q_ptr, y_ptr, rows, x_stride, m_k, m_n, s_stride, q_r, q_n, y_stride, scale,
-    N, K, R, ACCUMULATE: tl.constexpr, DOT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    parts, bias_ptr, y_ptr, rows, y_stride, N, K, R, ACCUMULATE: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, N] = x M + bias + scale * s Q, added to y if ACCUMULATE; M [K, N] and Q [R, N] of any strides."""
+    """y [rows, N] = bias + the sum over the parts of x M + scale * s Q, added to y if ACCUMULATE.
+
+    x [rows, K_i], M [K_i, N], s [rows, R_i] and Q [R_i, N] are a part's own; M and Q of any strides. K and R are the
+    sums of all parts' K_i and R_i, by which the kernel is tuned.
+    """
     # Programs go through 8 blocks of rows before the next block of columns, so that M and x are met again in the cache.
     row_blocks, column_blocks = tl.cdiv(rows, BLOCK_T), tl.cdiv(N, BLOCK_N)
     first = tl.program_id(0) // (8 * column_blocks) * 8
@@ -69,26 +107,9 @@ def _product_kernel(
     t_in, n_in = (t < rows)[:, None], (n < N)[None, :]
     t_wide, n_wide = t.to(tl.int64), n.to(tl.int64)
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-
-    k = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + t_wide[:, None] * x_stride + k[None, :]
-    m_at = m_ptr + k.to(tl.int64)[:, None] * m_k + n_wide[None, :] * m_n
-    m_step = tl.to_tensor(m_k).to(tl.int64) * BLOCK_K
-    for begin in range(0, K, BLOCK_K):
-        left = K - begin
-        x = tl.load(x_at, mask=t_in & (k < left)[None, :], other=0.0).to(DOT)
-        m = tl.load(m_at, mask=(k < left)[:, None] & n_in, other=0.0).to(DOT)
-        total = tl.dot(x, m, total, input_precision="ieee")
-        x_at += BLOCK_K
-        m_at += m_step
-
-    for begin in range(0, R, BLOCK_R):
-        r = begin + tl.arange(0, BLOCK_R)
-        r_in = r < R
-        s = tl.load(s_ptr + t_wide[:, None] * s_stride + r[None, :], mask=t_in & r_in[None, :], other=0.0)
-        q = tl.load(q_ptr + r.to(tl.int64)[:, None] * q_r + n_wide[None, :] * q_n, mask=r_in[:, None] & n_in, other=0.0)
-        total = tl.dot(s.to(DOT), (q * scale).to(DOT), total, input_precision="ieee")
-
+    for i in tl.static_range(len(parts)):
+        total = _add_dense(total, parts[i], t_wide, t_in, n_wide, n_in, DOT, BLOCK_K)
+        total = _add_low_rank(total, parts[i], t_wide, t_in, n_wide, n_in, DOT, BLOCK_R)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     y_at = y_ptr + t_wide[:, None] * y_stride + n[None, :]
@@ -173,14 +194,9 @@ def _reduce_kernel(
     tl.store(out_at, total, mask=inside)
 
 
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """`x` with its last dimension contiguous, rows any distance apart."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
 def project(x: torch.Tensor, P: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K] P [K, R] in float32; P of any strides."""
-    x, (K, R) = rows_of(x), P.shape
+    x, (K, R) = rows(x), P.shape
     s = torch.empty(x.shape[0], R, device=x.device) if out is None else out
     half = x.element_size() == 2
     block_t, block_r = 64 if half else 32, power_of_two(R, at_most=64 if half else 32)
@@ -194,51 +210,57 @@ def project(x: torch.Tensor, P: torch.Tensor, out: torch.Tensor | None = None) -
     return s
 
 
-def product(
-    x: torch.Tensor | None,
-    M: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    S: torch.Tensor,
-    Q: torch.Tensor,
-    scale: float,
-    y: torch.Tensor,
-    accumulate: bool,
-) -> None:
-    """y (+)= x M + bias + scale * S Q; without x and M, the low-rank part alone."""
-    if x is not None:
-        x = rows_of(x)
-    rows, N = y.shape
-    R = Q.shape[0]
-    arguments = {
-        "x_ptr": y if x is None else x, "m_ptr": y if M is None else M, "bias_ptr": bias, "s_ptr": S, "q_ptr": Q,
-        "y_ptr": y, "rows": rows, "x_stride": 0 if x is None else x.stride(0), "m_k": 0 if M is None else M.stride(0),
-        "m_n": 0 if M is None else M.stride(1), "s_stride": S.stride(0), "q_r": Q.stride(0), "q_n": Q.stride(1),
-        "y_stride": y.stride(0), "scale": scale, "N": N, "K": 0 if x is None else x.shape[1], "R": R,
-        "ACCUMULATE": accumulate, "DOT": product_type(y.dtype),
-        "BLOCK_R": power_of_two(R, at_most=32 if y.element_size() == 2 else 16),
-    }  # fmt: skip
+class Part(NamedTuple):
+    """One part of the sum that `product` forms: x M + scale * S Q; without x and M, the low-rank part alone."""
+
+    x: torch.Tensor | None
+    M: torch.Tensor | None
+    S: torch.Tensor
+    Q: torch.Tensor
+    scale: float
+
+
+def product(parts: Sequence[Part], bias: torch.Tensor | None, y: torch.Tensor, accumulate: bool) -> None:
+    """y (+)= bias + the sum over the parts, formed in float32 and rounded to y's dtype once."""
     if not y.numel():
         return
+    T, N = y.shape
+    K, R = sum(part.x.shape[1] for part in parts if part.x is not None), sum(part.Q.shape[0] for part in parts)
+    widest = max(part.Q.shape[0] for part in parts)
+    arguments = {
+        "parts": tuple(_arguments(part, y) for part in parts), "bias_ptr": bias, "y_ptr": y, "rows": T,
+        "y_stride": y.stride(0), "N": N, "K": K, "R": R, "ACCUMULATE": accumulate, "DOT": product_type(y.dtype),
+        "BLOCK_R": power_of_two(widest, at_most=32 if y.element_size() == 2 else 16),
+    }  # fmt: skip
     if accumulate:  # timing configurations would add to y again and again
         tile = _TILES[y.element_size()][0].all_kwargs()
-        grid = (ceil_div(rows, tile["BLOCK_T"]) * ceil_div(N, tile["BLOCK_N"]),)
+        grid = (ceil_div(T, tile["BLOCK_T"]) * ceil_div(N, tile["BLOCK_N"]),)
         _product_kernel[grid](**arguments, **tile)
     else:
-        _tuned_product[y.element_size()][
-            lambda meta: (ceil_div(rows, meta["BLOCK_T"]) * ceil_div(N, meta["BLOCK_N"]),)
-        ](**arguments)
+        _tuned_product[y.element_size()][lambda meta: (ceil_div(T, meta["BLOCK_T"]) * ceil_div(N, meta["BLOCK_N"]),)](
+            **arguments
+        )
+
+
+def _arguments(part: Part, unused: torch.Tensor) -> tuple[torch.Tensor | int | float, ...]:
+    """A part as _product_kernel takes it: addresses, strides, scale, K and R; `unused` for the tensors it lacks."""
+    _, _, S, Q, scale = part
+    lacking = part.x is None or part.M is None
+    x, M = (unused, unused) if part.x is None or part.M is None else (rows(part.x), part.M)
+    strides = (0, 0, 0) if lacking else (x.stride(0), *M.stride())
+    return x, M, S, Q, *strides, S.stride(0), *Q.stride(), scale, 0 if lacking else M.shape[0], Q.shape[0]
 
 
 def partial_gradients(C: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[chunks, R, K] float32, whose sum over the chunks is C^T x; C [T, R] float32, x [T, K]."""
-    x, rows, R = rows_of(x), C.shape[0], C.shape[1]
-    chunk_rows = device.chunk_rows(rows)
-    chunks = ceil_div(rows, chunk_rows)
+    x, (T, R) = rows(x), C.shape
+    chunk_rows = device.chunk_rows(T)
+    chunks = ceil_div(T, chunk_rows)
     partials = torch.empty(chunks, R, x.shape[1], device=x.device)
     block_r = power_of_two(R, at_most=64 if x.element_size() == 2 else 32)
     if partials.numel():
         _gradient_kernel[(ceil_div(x.shape[1], 64), ceil_div(R, block_r), chunks)](
-            c_ptr=C, x_ptr=x, partial_ptr=partials, rows=rows, chunk_rows=chunk_rows, c_stride=C.stride(0),
+            c_ptr=C, x_ptr=x, partial_ptr=partials, rows=T, chunk_rows=chunk_rows, c_stride=C.stride(0),
             x_stride=x.stride(0), R=R, K=x.shape[1], DOT=product_type(x.dtype),
             BLOCK_T=32 if x.element_size() == 2 else 16, BLOCK_R=block_r, BLOCK_K=64, maxnreg=255,
         )  # fmt: skip
@@ -255,8 +277,9 @@ def reduce_partials(partials: torch.Tensor, scale: float, out: torch.Tensor, acc
         )  # fmt: skip
 
 
+@on_device
 def merge(weight, A, B, scale, out):
-    weight, A, B = rows_of(weight), rows_of(A), rows_of(B)
+    weight, A, B = rows(weight), rows(A), rows(B)
     (N, K), R = weight.shape, A.shape[0]
     if out.numel():
         _merge_kernel[(ceil_div(K, 64), ceil_div(N, 64))](
@@ -269,19 +292,21 @@ def merge(weight, A, B, scale, out):
 
 def linear(x, layer, S, out):
     bias = None if layer.bias is None else layer.bias.contiguous()
-    product(x, layer.weight.t(), bias, S, layer.B.t(), layer.scale, out, accumulate=False)
+    product([Part(x, layer.weight.t(), S, layer.B.t(), layer.scale)], bias, out, accumulate=False)
 
 
 def input_gradient(dx, dys, layers, dS):
-    for i, (dy, layer, part) in enumerate(zip(dys, layers, dS, strict=True)):
-        product(dy, layer.weight, None, part, layer.A, layer.scale, dx, accumulate=i > 0)
+    of_layer = zip(dys, layers, dS, strict=True)
+    parts = [Part(dy, layer.weight, part, layer.A, layer.scale) for dy, layer, part in of_layer]
+    product(parts, None, dx, accumulate=False)
 
 
+@on_device
 def add_(y, x, P, Q, scale):
-    product(None, None, None, project(x, P), Q, scale, y, accumulate=True)
+    product([Part(None, None, project(x, P), Q, scale)], None, y, accumulate=True)
 
 
 _products = device.Products(project, linear, input_gradient, partial_gradients, reduce_partials)
-linear_group = partial(device.linear_group, _products)
-input_gradient_group = partial(device.input_gradient_group, _products)
-gradients_group = partial(device.gradients_group, _products)
+linear_group = on_device(partial(device.linear_group, _products))
+input_gradient_group = on_device(partial(device.input_gradient_group, _products))
+gradients_group = on_device(partial(device.gradients_group, _products))

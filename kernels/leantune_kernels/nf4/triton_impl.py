@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.cpu import rows
+from leantune_kernels.checks import rows
 from leantune_kernels.nf4.reference import SMALLEST, tables
-from leantune_kernels.triton_runtime import ceil_div, refuses
+from leantune_kernels.triton_runtime import ceil_div, on_device, refuses
 
 __all__ = ["dequantise", "linear", "quantise", "quantise_absmax", "refuses"]
 
@@ -118,6 +118,7 @@ def _linear_kernel(
     tl.store(y_ptr + t[:, None] * y_stride + n[None, :], y, mask=(t < rows)[:, None] & (n < outputs)[None, :])
 
 
+@on_device
 def quantise(weight, codes, absmax):
     if weight.numel():
         _quantise_kernel[(ceil_div(absmax.numel(), BLOCKS),)](
@@ -126,6 +127,7 @@ def quantise(weight, codes, absmax):
         )  # fmt: skip
 
 
+@on_device
 def quantise_absmax(absmax, offset, codes, scales):
     if absmax.numel():
         _quantise_absmax_kernel[(scales.numel(),)](
@@ -134,6 +136,7 @@ def quantise_absmax(absmax, offset, codes, scales):
         )  # fmt: skip
 
 
+@on_device
 def dequantise(w, out, reused):
     if out.numel():
         _dequantise_kernel[(ceil_div(w.absmax.numel(), BLOCKS),)](
@@ -141,6 +144,7 @@ def dequantise(w, out, reused):
         )
 
 
+@on_device
 def linear(x, w, bias, y):
     x, bias = rows(x), None if bias is None else bias.contiguous()
     if y.numel():

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from leantune_kernels.cpu import rows
-from leantune_kernels.triton_runtime import ceil_div, power_of_two, refuses
+from leantune_kernels.checks import rows
+from leantune_kernels.triton_runtime import ceil_div, on_device, power_of_two, refuses
 
 __all__ = ["backward", "forward", "plan", "refuses"]
 
@@ -73,6 +73,7 @@ def plan(x: torch.Tensor, rows_of_a_program: int) -> tuple[tuple[int], dict[str,
     return (ceil_div(x.shape[0], rows_of_a_program),), constants | {"num_warps": max(4, min(32, block // 256))}
 
 
+@on_device
 def forward(x, weight, eps, out=None, residual=None, summed=None):
     x, weight = rows(x), weight.contiguous()
     residual = None if residual is None else rows(residual)
@@ -89,6 +90,7 @@ def forward(x, weight, eps, out=None, residual=None, summed=None):
     return y, rstd
 
 
+@on_device
 def backward(dy, x, weight, rstd, residual=None, out=None, need_dweight=False):
     dy, x, weight, rstd = rows(dy), rows(x), weight.contiguous(), rstd.contiguous()
     residual = None if residual is None else rows(residual)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leantune_kernels.triton_runtime import power_of_two, refuses
+from leantune_kernels.triton_runtime import on_device, power_of_two, refuses
 
 __all__ = ["apply_", "refuses"]
 
@@ -56,6 +56,7 @@ def _rope_kernel(
         _rotate(k_row, k_head_stride, k_heads, half, c, s, first_pair, INTERLEAVED, HEADS, PAIRS)
 
 
+@on_device
 def apply_(x, k, cos, sin, positions, inverse, interleaved):
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     tokens, half = x.shape[0], cos.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leantune_kernels.triton_runtime import refuses
+from leantune_kernels.triton_runtime import on_device, refuses
 from leantune_kernels.triton_tensor_list import (
     GRAD,
     GRAD_DTYPE,
@@ -64,6 +64,7 @@ def sgd_kernel(
             store_value(row, p - lr * g, tensor, begin + start, offset, mask, step, seed, BLOCK, ALIGNED)
 
 
+@on_device
 def update(table, grads, *, lr, weight_decay, momentum, dampening, nesterov, grad_scale, step, seed):
     grid, arguments = launch(table, grads, lr, weight_decay, seed)
     if grid[0]:
