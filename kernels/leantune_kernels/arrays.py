@@ -151,11 +151,28 @@ def copied(x: View, out: Any, name: str = "out", dense: bool = False) -> View:
     return y
 
 
-def apart(y: View, *inputs: View) -> None:
-    """ValueError where the result is an input that is still read after the writing has begun."""
+def apart(y: View, *inputs: View | None) -> None:
+    """ValueError where the result has an element in common with an input, which is read until the end."""
     for x in inputs:
-        if x.address == y.address and 0 not in y.shape:
-            raise ValueError(f"{y.name} is {x.name} itself, which is read until the end; pass another array")
+        if x is not None and _overlap(x, y):
+            how = f"is {x.name} itself" if _same(x, y) else f"overlaps {x.name}"
+            raise ValueError(f"{y.name} {how}, which is read until the end; pass another array")
+
+
+def same_or_apart(y: View, *inputs: View | None) -> None:
+    """ValueError where the result has elements in common with an input, but not all of them in the same place."""
+    for x in inputs:
+        if x is not None and not _same(x, y) and _overlap(x, y):
+            raise ValueError(f"{y.name} overlaps {x.name}; pass {x.name} itself or another array")
+
+
+def _overlap(x: View, y: View) -> bool:
+    return np.shares_memory(np.asarray(x), np.asarray(y))
+
+
+def _same(x: View, y: View) -> bool:
+    steps = [[stride for size, stride in zip(z.shape, z.strides, strict=True) if size > 1] for z in (x, y)]
+    return (x.address, x.shape, x.dtype) == (y.address, y.shape, y.dtype) and steps[0] == steps[1]
 
 
 def within(name: str, numbers: View, end: int, what: str, chosen: np.ndarray | None = None) -> None:

@@ -34,6 +34,12 @@ def expect_dims(name: str, value: torch.Tensor, *dims: str) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be [{', '.join(dims)}]")
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` [..., H] as [T, H]; a scalar as [1, 1], and what has no element (H = 0 too) as no rows."""
+    columns = x.shape[-1] if x.dim() else 1
+    return x.reshape(x.numel() // max(1, columns), columns)
+
+
 def can_read(value: torch.Tensor) -> bool:
     """Whether a check may look at the elements: on a device the host would wait for them, in a graph there are none."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import math
 import os
 import sys
 import warnings
@@ -60,14 +61,15 @@ class Report:
     dtype: str
     cases: int = 0
     worst: str = ""  # the result that came nearest to what is allowed
-    error: float = 0.0  # its error against fp64 ...
-    allowed: float = float("inf")  # ... and the largest that is accepted
-    skipped: str = ""  # why nothing was checked
+    error: float | None = None  # its error against fp64, None where nothing was measured ...
+    allowed: float | None = None  # ... and the largest that is accepted
+    skipped: str = ""  # why nothing, or not every case, was checked
     failures: dict[str, list[str]] = field(default_factory=dict)  # check -> what went wrong in which case
 
     @property
     def passed(self) -> bool:
-        return not self.failures
+        """No check failed, and there was something to check."""
+        return self.cases > 0 and not self.failures
 
     def fail(self, check: str, message: str) -> None:
         self.failures.setdefault(check, []).append(message)
@@ -84,9 +86,9 @@ class Subject:
 
     def check(self, case: Case, expected: dict[str, Expected]) -> None:
         """All checks of one case. `expected` has it for the upstream gradients of `testing`, by name."""
-        self.report.cases += 1
         with self._catching("error", case, expected):
             self._keep_worst(case, self._compare("error", expected["dense"]))
+        self.report.cases += 1  # not where it could not serve
         with self._catching("inputs", case, expected):
             self._check_inputs(case, expected["dense"].inputs)
         if "error" in self.report.failures:
@@ -124,7 +126,7 @@ class Subject:
     def _keep_worst(self, case: Case, measured: list[Measured]) -> None:
         report = self.report
         for m in measured:
-            if m.error / m.allowed >= report.error / report.allowed:
+            if report.error is None or report.allowed is None or m.error / m.allowed >= report.error / report.allowed:
                 report.worst, report.error, report.allowed = f"{case.name}, {m.name}", m.error, m.allowed
 
     def _check_inputs(self, case: Case, inputs: testing.Inputs) -> None:
@@ -221,14 +223,17 @@ def check(
 ) -> Iterator[Report]:
     """One Report after another: `ops` (all) x `dtypes` (all) x `implementations` (those that can serve on `device`).
 
-    `impl`, "module:function", is checked instead of the op's implementations. Raises UnknownName, also for a device
-    that is not there.
+    An implementation named here that cannot serve has a report as well, with the reason; it has not passed. `impl`,
+    "module:function", is checked instead of the op's implementations. Raises UnknownName, also for a device that is
+    not there.
     """
     chosen = [_known("op", name, leantune_kernels.ops()) for name in ops] or leantune_kernels.ops()
     names = [_known("dtype", name, DTYPES) for name in dtypes] or list(DTYPES)
     wanted = [_known("implementation", name, IMPLEMENTATIONS) for name in implementations]
     _require(device)
     own = None if impl is None else load(impl)
+    if own is not None and wanted:
+        raise UnknownName(f"impl={impl!r} is checked instead of the op's own; leave out implementation={wanted[0]!r}")
     if own is not None and len(chosen) != 1:
         raise UnknownName(f"impl={impl!r} is an implementation of one op; name it with op (--op NAME)")
     for op in chosen:
@@ -326,7 +331,7 @@ def table(reports: Sequence[Report]) -> Table:
         if report.failures:
             result = f"[red]FAILED: {', '.join(report.failures)}[/]"
         elif report.skipped:
-            result = f"[dim]not checked: {_plain(report.skipped)}[/]"
+            result = f"[{'yellow' if report.cases else 'red'}]not checked: {_plain(report.skipped)}[/]"
         else:
             result = "[green]ok[/]"
         shown.add_row(report.op, _plain(report.implementation), report.dtype, str(report.cases), worst, result)
@@ -353,7 +358,17 @@ def show(reports: Sequence[Report]) -> None:
 
 
 def as_json(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    return [{**asdict(report), "passed": report.passed} for report in reports]
+    """The reports as JSON has them: null for an infinite error, which it has no word for."""
+
+    def finite(number: float | None) -> float | None:
+        return number if number is not None and math.isfinite(number) else None
+
+    return [{**asdict(r), "error": finite(r.error), "allowed": finite(r.allowed), "passed": r.passed} for r in reports]
+
+
+def exit_code(reports: Sequence[Report]) -> int:
+    """0 if all passed, and there is one at all: an op may have no case in the dtype that was asked for."""
+    return 0 if reports and all(report.passed for report in reports) else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -374,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnknownName as error:
         parser.error(str(error))
     show(reports)
-    return 0 if all(report.passed for report in reports) else 1
+    return exit_code(reports)
 
 
 if __name__ == "__main__":

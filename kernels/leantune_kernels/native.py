@@ -3,6 +3,8 @@
 Arguments are arrays of any library that has `__dlpack__` or the buffer protocol, in the host's memory, and are read
 where they lie (copied where the last dimension is not contiguous). Results are new NumPy arrays, or `out` where given,
 which must be writable: a NumPy array, a PyTorch tensor, a writable buffer, but no JAX array, which cannot be changed.
+`out` may be an argument itself where each element of the result needs that element alone, or its row in the norms; any
+other overlap with what a kernel reads is refused (the optimizers trust their lists to be apart from one another).
 A result in bfloat16 needs `out`, or an argument in ml_dtypes' bfloat16 as JAX has. Arithmetic and statistics are
 float32 whatever the storage. Every function raises ValueError or TypeError that names the argument which does not fit.
 Every op is here but gated_mlp: dense products around glu, without a kernel of its own.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from leantune_kernels import _native as lib
-from leantune_kernels.arrays import View, address, copied, indices, result, take, within
+from leantune_kernels.arrays import View, address, apart, copied, indices, result, same_or_apart, take, within
 
 Array = Any  # what has __dlpack__ or the buffer protocol
 
@@ -28,12 +28,14 @@ def rms_norm(
     """
     x_ = take("x", x, ("T", "H"))
     weight_ = take("weight", weight, x_.shape[1:], dense=True)
+    residual_ = None if residual is None else take("residual", residual, x_.shape, x_.dtype)
     y, rstd = result("out", out, x_.shape, x_.dtype, x_), result("rstd", None, x_.shape[:1], "float32")
+    same_or_apart(y, x_, residual_)
+    apart(y, weight_)
     of_rows = weight_.code, weight_.address, y.address, y.row, rstd.address, *x_.shape, eps
-    if residual is None:
+    if residual_ is None:
         lib.rms_norm_forward(x_.code, x_.address, x_.row, *of_rows)
         return y.source, rstd.source
-    residual_ = take("residual", residual, x_.shape, x_.dtype)
     s = result("s", None, x_.shape, x_.dtype, x_)
     lib.add_rms_norm_forward(x_.code, x_.address, x_.row, residual_.address, residual_.row, s.address, s.row, *of_rows)
     return y.source, rstd.source, s.source
@@ -59,6 +61,8 @@ def rms_norm_backward(
     rstd_ = take("rstd", rstd, x_.shape[:1], "float32", dense=True)
     residual_ = None if residual is None else take("residual", residual, x_.shape, x_.dtype)
     dx = result("out", out, x_.shape, x_.dtype, x_)
+    same_or_apart(dx, dy_, x_, residual_)
+    apart(dx, weight_, rstd_)
     dweight = result("dweight", None, x_.shape[1:], "float32") if need_dweight else None
     lib.rms_norm_backward(
         x_.code, dy_.address, dy_.row, x_.address, x_.row, weight_.code, weight_.address, rstd_.address,
@@ -83,15 +87,17 @@ def layer_norm(
     x_ = take("x", x, ("T", "H"))
     weight_ = take("weight", weight, x_.shape[1:], dense=True)
     bias_ = None if bias is None else take("bias", bias, x_.shape[1:], weight_.dtype, dense=True)
+    residual_ = None if residual is None else take("residual", residual, x_.shape, x_.dtype)
     y = result("out", out, x_.shape, x_.dtype, x_)
+    same_or_apart(y, x_, residual_)
+    apart(y, weight_, bias_)
     mean, rstd = (result(name, None, x_.shape[:1], "float32") for name in ("mean", "rstd"))
     of_rows = (
         weight_.code, weight_.address, address(bias_), y.address, y.row, mean.address, rstd.address, *x_.shape, eps,
     )  # fmt: skip
-    if residual is None:
+    if residual_ is None:
         lib.layer_norm_forward(x_.code, x_.address, x_.row, *of_rows)
         return y.source, mean.source, rstd.source
-    residual_ = take("residual", residual, x_.shape, x_.dtype)
     s = result("s", None, x_.shape, x_.dtype, x_)
     lib.add_layer_norm_forward(
         x_.code, x_.address, x_.row, residual_.address, residual_.row, s.address, s.row, *of_rows
@@ -120,6 +126,8 @@ def layer_norm_backward(
     mean_, rstd_ = (take(n, s, x_.shape[:1], "float32", dense=True) for n, s in (("mean", mean), ("rstd", rstd)))
     residual_ = None if residual is None else take("residual", residual, x_.shape, x_.dtype)
     dx = result("out", out, x_.shape, x_.dtype, x_)
+    same_or_apart(dx, dy_, x_, residual_)
+    apart(dx, weight_, mean_, rstd_)
     grads = [result(n, None, x_.shape[1:], "float32") if need_gradients else None for n in ("dweight", "dbias")]
     lib.layer_norm_backward(
         x_.code, dy_.address, dy_.row, x_.address, x_.row, weight_.code, weight_.address, mean_.address,
@@ -137,6 +145,7 @@ def activation(x: Array, name: str, out: Array | None = None) -> Array:
     """act(`x`) for x [T, I]: silu(x) = x / (1 + e^-x), gelu (exact) or gelu_tanh. `out` may be x."""
     code, x_ = _activation(name), take("x", x, ("T", "I"))
     y = result("out", out, x_.shape, x_.dtype, x_)
+    same_or_apart(y, x_)
     lib.activation_forward(x_.code, code, x_.address, x_.row, y.address, y.row, *x_.shape)
     return y.source
 
@@ -146,6 +155,7 @@ def activation_backward(dy: Array, x: Array, name: str, out: Array | None = None
     code, x_ = _activation(name), take("x", x, ("T", "I"))
     dy_ = take("dy", dy, x_.shape, x_.dtype)
     dx = result("out", out, x_.shape, x_.dtype, x_)
+    same_or_apart(dx, dy_, x_)
     lib.activation_backward(x_.code, code, dy_.address, dy_.row, x_.address, x_.row, dx.address, dx.row, *x_.shape)
     return dx.source
 
@@ -158,6 +168,7 @@ def glu(gate: Array, up: Array, activation: str = "silu", out: Array | None = No
     code, gate_ = _activation(activation), take("gate", gate, ("T", "I"))
     up_ = take("up", up, gate_.shape, gate_.dtype)
     h = result("out", out, gate_.shape, gate_.dtype, gate_)
+    same_or_apart(h, gate_, up_)
     lib.glu_forward(gate_.code, code, gate_.address, gate_.row, up_.address, up_.row, h.address, h.row, *gate_.shape)
     return h.source
 
@@ -169,6 +180,9 @@ def glu_backward(
     code, gate_ = _activation(activation), take("gate", gate, ("T", "I"))
     dh_, up_ = (take(name, x, gate_.shape, gate_.dtype) for name, x in (("dh", dh), ("up", up)))
     d_gate, d_up = (result(f"out[{i}]", out and out[i], gate_.shape, gate_.dtype, gate_) for i in range(2))
+    apart(d_gate, d_up)
+    for d in (d_gate, d_up):
+        same_or_apart(d, dh_, gate_, up_)
     lib.glu_backward(
         gate_.code, code, dh_.address, dh_.row, gate_.address, gate_.row, up_.address, up_.row, 0, 0,
         d_gate.address, d_gate.row, d_up.address, d_up.row, *gate_.shape,
@@ -208,6 +222,7 @@ def rope(
         raise ValueError(f"cos has {half} columns; at most half of x's {size} can be turned")
     within("positions", positions_, table, "the rows of cos and sin")
     y = copied(x_, out)
+    apart(y, cos_, sin_, positions_)
     lib.rope(
         y.code, y.address, *y.strides[:2], heads, 0, 0, 0, 0, cos_.address, sin_.address, table,
         positions_.address, tokens, half, interleaved, inverse,
@@ -225,6 +240,7 @@ def dropout(x: Array, p: float, seed: int, offset: int = 0, out: Array | None = 
         raise ValueError(f"p={p}, seed={seed}, offset={offset}; they must be in [0, 1), [0, 2^64) and [0, 2^63)")
     x_ = take("x", x, ("...",) * np.ndim(x), dense=True)
     y = result("out", out, x_.shape, x_.dtype, x_, dense=True)
+    same_or_apart(y, x_)
     threshold = min(round(p * 2**32), 2**32 - 1)
     lib.dropout(x_.code, x_.address, y.address, math.prod(x_.shape), seed, offset, threshold, 1.0 / (1.0 - p))
     return y.source
@@ -252,6 +268,7 @@ def attention(
     q_, k_, v_, bounds, numbers = _attention(q, k, v, cu_seqlens, scale, causal, window)
     o = result("out", out, q_.shape, q_.dtype, q_)
     lse = result("lse", None, (q_.shape[1], q_.shape[0]), "float32")
+    apart(o, q_, k_, v_)
     lib.attention_forward(q_.code, *_heads(q_, k_, v_, o), lse.address, bounds.address, *numbers)
     return o.source, lse.source
 
@@ -312,6 +329,7 @@ def embedding(ids: Array, weight: Array, scale: float = 1.0, out: Array | None =
     weight_, ids_ = take("weight", weight, ("V", "H")), indices("ids", ids, ("T",))
     within("ids", ids_, weight_.shape[0], "the rows of weight")
     y = result("out", out, (ids_.shape[0], weight_.shape[1]), weight_.dtype, weight_)
+    apart(y, weight_, ids_)
     lib.embedding_forward(
         weight_.code, weight_.address, weight_.row, ids_.address, y.code, y.address, y.row, ids_.shape[0],
         *weight_.shape, scale,
@@ -332,6 +350,7 @@ def embedding_backward(
     within("ids", ids_, rows, "the rows of the weight")
     shape = (rows, dy_.shape[1])
     dweight = result("out", out, shape, "float32" if out is None else take("out", out, shape).dtype)
+    apart(dweight, dy_, ids_)
     order = np.argsort(np.asarray(ids_), kind="stable").astype(np.int64)
     in_order = np.asarray(ids_)[order]
     lib.embedding_backward(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from leantune_kernels import _native as lib
-from leantune_kernels.arrays import CODES, FLOATS, View, address, result, take
+from leantune_kernels.arrays import CODES, FLOATS, View, address, apart, result, take
 
 Array = Any  # what has __dlpack__ or the buffer protocol
 
@@ -63,6 +63,7 @@ def nf4_dequantise(w: NF4Weight, dtype: str | None = None, out: Array | None = N
     """
     stored = _stored(w)
     y = _values(out, tuple(w.shape), dtype, dense=True)
+    apart(y, *stored)
     lib.nf4_dequantise(*map(address, stored), y.code, y.address, math.prod(y.shape), out is not None)
     return y.source
 
@@ -79,6 +80,7 @@ def nf4_linear(x: Array, w: NF4Weight, bias: Array | None = None, out: Array | N
             "nf4_dequantise and a dense product"
         )
     x_, bias_, y = _product(x, bias, out, *w.shape)
+    apart(y, x_, bias_, *stored)
     lib.nf4_linear(
         x_.code, x_.address, x_.row, *map(address, stored), address(bias_), y.address, y.row,
         x_.shape[0], *w.shape[::-1],
@@ -127,6 +129,7 @@ def int8_dequantise(codes: Array, scales: Array, dtype: str | None = None, out: 
     """
     codes_, scales_ = _int8("T", "H", codes, scales)
     x = _values(out, codes_.shape, dtype)
+    apart(x, codes_, scales_)
     lib.int8_dequantise(codes_.address, scales_.address, x.code, x.address, x.row, *codes_.shape, out is not None)
     return x.source
 
@@ -138,6 +141,7 @@ def int8_linear(x: Array, codes: Array, scales: Array, bias: Array | None = None
     """
     codes_, scales_ = _int8("N", "K", codes, scales)
     x_, bias_, y = _product(x, bias, out, *codes_.shape)
+    apart(y, x_, bias_, codes_, scales_)
     lib.int8_linear(
         x_.code, x_.address, x_.row, codes_.address, scales_.address, address(bias_), y.address, y.row,
         *x_.shape, codes_.shape[0],
@@ -162,6 +166,7 @@ def pack_bf16(x: Array, out: Array | None = None) -> Array:
     x_ = take("x", x, ("T", "H"))
     dtype = "uint16" if out is None else take("out", out, x_.shape, ("uint16", "bfloat16")).dtype
     packed = result("out", out, x_.shape, dtype, dense=True)
+    apart(packed, x_)
     lib.pack_bf16(x_.code, x_.address, x_.row, packed.address, *x_.shape)
     return packed.source
 
@@ -170,6 +175,7 @@ def unpack_bf16(packed: Array, dtype: str | None = None, out: Array | None = Non
     """`packed` [T, H], bfloat16 or its words in uint16, in `dtype` (None: that of out, else float32)."""
     packed_ = take("packed", packed, ("T", "H"), ("uint16", "bfloat16"), dense=True)
     x = _values(out, packed_.shape, dtype)
+    apart(x, packed_)
     lib.unpack_bf16(packed_.address, x.code, x.address, x.row, *x.shape)
     return x.source
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from leantune_kernels import _native as lib
-from leantune_kernels.arrays import View, address, apart, copied, indices, result, take, within
+from leantune_kernels.arrays import View, address, apart, copied, indices, result, same_or_apart, take, within
 from leantune_kernels.native_layers import ACTIVATIONS as GATED
 
 Array = Any  # what has __dlpack__ or the buffer protocol
@@ -28,11 +28,12 @@ def lora_linear(
     """
     x_, weight_, A_, B_ = _lora(x, weight, A, B)
     y = result("out", out, (x_.shape[0], weight_.shape[0]), "float32")
-    apart(y, x_)
+    bias_ = None if bias is None else take("bias", bias, weight_.shape[:1], "float32", dense=True)
+    apart(y, x_, weight_, bias_, A_, B_)
     dense = np.asarray(y)
     np.matmul(np.asarray(x_), np.asarray(weight_).T, out=dense)
-    if bias is not None:
-        dense += np.asarray(take("bias", bias, weight_.shape[:1], "float32", dense=True))
+    if bias_ is not None:
+        dense += np.asarray(bias_)
     _low_rank_add(y, x_, A_, (1, A_.row), B_, (1, B_.row), scale)
     return y.source
 
@@ -47,7 +48,7 @@ def lora_linear_backward(
     x_, weight_, A_, B_ = _lora(x, weight, A, B)
     dy_ = take("dy", dy, (x_.shape[0], weight_.shape[0]), "float32")
     dx = result("out", out, x_.shape, "float32")
-    apart(dx, dy_, x_)
+    apart(dx, dy_, x_, weight_, A_, B_)
     np.matmul(np.asarray(dy_), np.asarray(weight_), out=np.asarray(dx))
     _low_rank_add(dx, dy_, B_, (B_.row, 1), A_, (A_.row, 1), scale)
     dA, dB = low_rank_gradients(x, dy, A, B, scale)
@@ -59,7 +60,7 @@ def low_rank_add(y: Array, x: Array, A: Array, B: Array, scale: float) -> Array:
     x_ = take("x", x, ("T", "K"))
     A_, B_ = _factors(A, B, x_.shape[1])
     y_ = result("y", y, (x_.shape[0], B_.shape[0]), x_.dtype)
-    apart(y_, x_)
+    apart(y_, x_, A_, B_)
     _low_rank_add(y_, x_, A_, (1, A_.row), B_, (1, B_.row), scale)
     return y
 
@@ -78,6 +79,9 @@ def low_rank_gradients(
         raise ValueError("accumulate=True needs `out`, the (dA, dB) to add to")
     dA = result("out[0]", out and out[0], A_.shape, "float32")
     dB = result("out[1]", out and out[1], B_.shape, "float32")
+    apart(dA, dB)
+    for d in (dA, dB):
+        apart(d, x_, dy_, A_, B_)
     group = np.zeros(1, _ADAPTER)
     for name, part in (("dy", dy_), ("a", A_), ("b", B_), ("da", dA), ("db", dB)):
         group[name], group[f"{name}_stride"] = part.address, part.row
@@ -91,6 +95,8 @@ def low_rank_merge(weight: Array, A: Array, B: Array, scale: float, out: Array |
     weight_ = take("weight", weight, ("N", "K"))
     A_, B_ = _factors(A, B, weight_.shape[1], weight_.shape[0])
     merged = result("out", out, weight_.shape, "float32")
+    same_or_apart(merged, weight_)
+    apart(merged, A_, B_)
     lib.low_rank_merge(
         weight_.code, weight_.address, weight_.row, A_.address, A_.row, B_.address, B_.row,
         merged.address, merged.row, *weight_.shape, A_.shape[0], scale,
@@ -149,7 +155,7 @@ def bottleneck(
     x_, down_, up_, down_bias_, code = _bottleneck(x, down, up, down_bias, activation)
     up_bias_ = None if up_bias is None else take("up_bias", up_bias, x_.shape[1:], "float32", dense=True)
     y = result("out", out, x_.shape, x_.dtype, x_)
-    apart(y, x_)
+    apart(y, x_, down_, up_, down_bias_, up_bias_)
     lib.bottleneck_forward(
         x_.code, x_.address, x_.row, down_.address, address(down_bias_), up_.address, address(up_bias_), scale, code,
         y.address, y.row, *x_.shape, down_.shape[0],
@@ -175,7 +181,7 @@ def bottleneck_backward(
     x_, down_, up_, down_bias_, code = _bottleneck(x, down, up, down_bias, activation)
     dy_ = take("dy", dy, x_.shape, x_.dtype)
     dx = result("out", out, x_.shape, x_.dtype, x_)
-    apart(dx, dy_, x_)
+    apart(dx, dy_, x_, down_, up_, down_bias_)
     shapes = {"ddown": down_.shape, "dup": up_.shape, "ddown_bias": down_.shape[:1], "dup_bias": up_.shape[:1]}
     ddown, dup, ddown_bias, dup_bias = (result(name, None, shape, "float32") for name, shape in shapes.items())
     lib.bottleneck_backward(
@@ -283,7 +289,7 @@ class _Loss:
         self.labels = None if targets is None else indices("targets", targets, logits_.shape[:1])
         self.beside = [take("teacher", z, logits_.shape) for z in teacher]
         self.gradient = result("out", out, logits_.shape, "float32")
-        apart(self.gradient, *self.beside)
+        apart(self.gradient, self.labels, *self.beside)
         self.chosen: np.ndarray | None = None  # where some rows do not count: which do
         if self.labels is not None:
             chosen = np.asarray(self.labels) != ignore_index

@@ -373,6 +373,9 @@ def test_kernels_check_runs_the_conformance_kit(monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 1 and "FAILED" in result.stdout, result.output
     (report,) = json.loads(leantune(*given, "--impl", "wrong_rms_norms:without_eps", "--json").stdout)
     assert not report["passed"] and set(report["failures"]) == {"error"}
+    result = leantune(*given, "--implementation", "cuda", "--json")
+    (report,) = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert result.exit_code == 1 and report["skipped"] and not report["passed"] and report["allowed"] is None
     refused(leantune("kernels", "--check", "--op", "norm"), "op='norm' is unknown; use .*rms_norm")
 
 

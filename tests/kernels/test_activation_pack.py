@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from helpers_kernels import DTYPES, IMPLEMENTATIONS, by_reference, each_of, same
+from leantune_kernels import activation_pack
 from leantune_kernels.activation_pack import Packed, pack, packed_saves, unpack
+from leantune_kernels.attention import attention
+from leantune_kernels.bottleneck import bottleneck
+from leantune_kernels.gated_mlp import gated_mlp
+from leantune_kernels.layer_norm import layer_norm
+from leantune_kernels.linear_cross_entropy import linear_cross_entropy
+from leantune_kernels.rms_norm import rms_norm
+from leantune_kernels.rope import rope
 
 implementation = each_of(*IMPLEMENTATIONS)
 
@@ -88,8 +96,6 @@ def test_gradients_through_packed_saves(mode, error):
 
 def test_what_is_packed(monkeypatch):
     """Activations above the size; not weights or views of them, not what is already small, not integers."""
-    from leantune_kernels import activation_pack
-
     packed = []
 
     def spy(x, mode):
@@ -105,6 +111,82 @@ def test_what_is_packed(monkeypatch):
         z = (x.bfloat16() * x.bfloat16()).sum() + (x[:3] * x[:3]).sum()
     (y.sum() + z).backward()
     assert packed == [((100, 64), torch.float32)]
+
+
+def packed_by(monkeypatch, function):
+    """The tensors that packed_saves packs while `function` runs, and its result."""
+    seen = []
+
+    def spy(x, mode):
+        seen.append(x.detach().clone())
+        return pack(x, mode)
+
+    monkeypatch.setattr(activation_pack, "pack", spy)
+    with packed_saves("int8", minimum_size=64):
+        result = function()
+    return seen, result
+
+
+def test_weights_statistics_and_finished_gradients_are_not_packed(monkeypatch):
+    """Of any kind: frozen ones as plain tensors, those that ask for a gradient, views of a larger one."""
+    x, rows = torch.randn(100, 64, requires_grad=True), torch.randn(80, 64)
+    cu_seqlens, table = torch.tensor([0, 100], dtype=torch.int32), torch.randn(100, 4)
+    q, k = torch.randn(100, 2, 8, requires_grad=True), torch.randn(100, 1, 8)
+    targets = torch.randint(80, (100,))
+    kept_by = {
+        "rms_norm": (lambda: rms_norm(x, rows[0]), [x]),
+        "layer_norm": (lambda: layer_norm(x, rows[0], rows[1]), [x]),
+        "gated_mlp": (
+            lambda: gated_mlp(x, rows, rows.clone().requires_grad_(), rows.t()),
+            [x, torch.empty(100, 80), torch.empty(100, 80)],
+        ),
+        "bottleneck": (lambda: bottleneck(x, rows, rows.t().contiguous()), [x]),
+        "rope": (lambda: rope(q, table, table, torch.arange(100)), []),
+        "attention": (lambda: attention(q, k, k, cu_seqlens), [q, k, k, q]),
+        "cross-entropy": (lambda: linear_cross_entropy(x, rows, targets), []),
+        "cross-entropy of rows": (lambda: linear_cross_entropy(x, rows, targets, reduction="none"), [x]),
+        "PyTorch": (lambda: x * x, [x, x]),
+    }
+    for name, (function, packed) in kept_by.items():
+        seen, _ = packed_by(monkeypatch, function)
+        assert [t.shape for t in seen] == [t.shape for t in packed], name
+
+
+def test_the_loss_has_exact_gradients(monkeypatch):
+    x, weight = torch.randn(100, 64, requires_grad=True), torch.randn(80, 64, requires_grad=True)
+    targets = torch.randint(80, (100,))
+    _, loss = packed_by(monkeypatch, lambda: linear_cross_entropy(x, weight, targets))
+    found = torch.autograd.grad(loss, (x, weight))
+    exact = torch.autograd.grad(linear_cross_entropy(x, weight, targets), (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def test_what_was_exact_is_not_so_for_ever(monkeypatch):
+    """A weight's memory may be an activation's later on; and a call without gradients marks nothing."""
+    weight, x = torch.randn(8, 64), torch.randn(8, 64, requires_grad=True)
+
+    def later():
+        rms_norm(x, weight[0])
+        with torch.no_grad():
+            rms_norm(x, weight[0])
+        return x * weight
+
+    assert [t.shape for t in packed_by(monkeypatch, later)[0]] == [x.shape, weight.shape]
+
+
+@pytest.mark.parametrize(("mode", "error"), [("bf16", 0.01), ("int8", 0.03)])
+def test_the_gated_mlp_keeps_its_widest_tensors_packed(mode, error, monkeypatch):
+    torch.manual_seed(0)
+    shapes = [(50, 64), (96, 64), (96, 64), (64, 96)]
+    inputs = [(torch.randn(*shape) / shape[1] ** 0.5).requires_grad_() for shape in shapes]
+    dy = torch.randn(50, 64)
+    exact = torch.autograd.grad(gated_mlp(*inputs), inputs, dy)
+    with packed_saves(mode, minimum_size=50 * 64):
+        y = gated_mlp(*inputs)
+    for _ in range(2):  # the second backward pass has another gate and up, computed again
+        found = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        assert all((a - b).norm() <= error * b.norm() for a, b in zip(found, exact, strict=True))
+        assert any(not torch.equal(a, b) for a, b in zip(found, exact, strict=True))
 
 
 def test_the_saving_is_real():

@@ -7,6 +7,8 @@ import torch
 from torch.autograd import forward_ad
 
 import leantune_kernels
+from leantune_kernels.activation import silu as swish
+from leantune_kernels.dropout import dropout
 from leantune_kernels.rms_norm import rms_norm
 
 
@@ -34,6 +36,36 @@ def test_nothing_is_recorded_where_gradients_are_off(mode):
     x = X.clone().requires_grad_()
     with mode():
         assert not rms_norm(x, WEIGHT).requires_grad
+
+
+TRANSFORMS = {
+    "vmap": lambda f: torch.vmap(f)(X[None]),
+    "vmap of what asks for a gradient": lambda f: torch.vmap(f)(X[None].clone().requires_grad_()),
+    "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(X),
+    "vjp": lambda f: torch.func.vjp(f, X),
+    "jvp": lambda f: torch.func.jvp(f, (X,), (X,)),
+    "functionalize": lambda f: torch.func.functionalize(f)(X),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("function", [lambda x: rms_norm(x, WEIGHT), swish, lambda x: dropout(x, 0.5, 1, 0)])
+def test_transforms_of_torch_func_are_refused_in_clear_words(transform, function):
+    with pytest.raises(RuntimeError, match=r"leantune_kernels\..* inside a transform of torch\.func .*; call it with"):
+        transform(function)
+
+
+def test_functional_call_is_no_transform():
+    class Norm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(WEIGHT)
+
+        def forward(self, x):
+            return rms_norm(x, self.weight)
+
+    y = torch.func.functional_call(Norm(), {"weight": 2 * WEIGHT}, (X,))
+    assert torch.equal(y, rms_norm(X, 2 * WEIGHT))
 
 
 def test_tangents_are_refused_and_not_dropped():

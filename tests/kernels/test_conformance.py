@@ -1,5 +1,6 @@
 """The conformance kit: green on every op, and each of its checks finds the mistake that it is there for."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import leantune_kernels
 from leantune_kernels import conformance, testing
 from leantune_kernels.attention import cases as attention
-from leantune_kernels.dispatch import Op
+from leantune_kernels.dispatch import CannotServe, Op
+from leantune_kernels.rms_norm import cases as rms_norm_cases
 
 HERE = Path(__file__).parent
 
@@ -89,7 +92,46 @@ def test_what_cannot_serve_is_named_with_its_reason(monkeypatch):
     monkeypatch.setenv("LEANTUNE_IMPL", "triton")  # is not what is asked for here
     (report,) = conformance.check(["rms_norm"], ["cuda"], ["float32"])
     assert report.skipped in ("device is cpu", "the package was built without nvcc") and report.cases == 0
+    assert not report.passed and conformance.exit_code([report]) == 1
+    assert report.error is None and report.allowed is None
+    assert report.skipped[:40] in shown([report])
     assert os.environ["LEANTUNE_IMPL"] == "triton"
+
+
+def shown(reports):
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(conformance.table(reports))
+    return capture.get()
+
+
+def test_nothing_to_check_is_no_success():
+    """As for an op without cases in the dtype that was named."""
+    assert conformance.exit_code([]) == 1
+
+
+@pytest.mark.parametrize(("limit", "passed"), [(100, True), (-1, False)])
+def test_a_case_that_cannot_be_served_is_not_counted(limit, passed, monkeypatch):
+    """Some cases checked is enough to pass, none is not; the reason is in the report."""
+
+    def picky(x, weight, eps, residual=None):
+        if x.shape[0] > limit:
+            raise CannotServe(f"{x.shape[0]} rows are too many")
+        return rms_norm_cases.function(x, weight, eps, residual)
+
+    monkeypatch.setattr(conformance, "load", lambda _: picky)
+    (report,) = conformance.check(["rms_norm"], dtypes=["float32"], impl="picky:picky")
+    assert report.passed == passed and "rows are too many" in report.skipped
+    assert (0 < report.cases < len(rms_norm_cases.CASES)) == passed and not report.failures
+
+
+def test_json_has_no_word_for_infinity(wrong):
+    """The error is infinite where a NaN is, and nothing at all where nothing was measured."""
+    reports = [wrong("with_a_nan"), wrong("good"), conformance.Report("rope", "cuda", "float32", skipped="no device")]
+    found = json.loads(json.dumps(conformance.as_json(reports), allow_nan=False))
+    assert [report["passed"] for report in found] == [False, True, False]
+    assert [report["error"] is None for report in found] == [True, False, True]
+    assert [report["allowed"] is None for report in found] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +142,7 @@ def test_what_cannot_serve_is_named_with_its_reason(monkeypatch):
         ({"implementations": ["gpu"]}, "implementation='gpu' is unknown; use cuda, triton, cpu, reference"),
         ({"device": "xyz"}, "device='xyz' is not available: "),
         ({"impl": "wrong_rms_norms:good"}, "is an implementation of one op; name it"),
+        ({"impl": "wrong_rms_norms:good", "implementations": ["cpu"]}, "leave out implementation='cpu'"),
         ({"ops": ["rope"], "impl": "wrong_rms_norms:nothing"}, "is not to be had: .*nothing.* module:function"),
         ({"ops": ["rope"], "impl": "no_such_module:f"}, "is not to be had: No module named 'no_such_module'"),
         ({"ops": ["rope"], "impl": "wrong_rms_norms:torch"}, "is a module; it must be a function"),

@@ -16,7 +16,7 @@ implementation = each_of("reference", "cpu", "triton", "cuda", autouse=True)
 def tensors(rows, size, wide):
     """x, the three weights, the three biases."""
     shapes = [(wide, size), (wide, size), (size, wide)]
-    weights = [torch.randn(*shape) / shape[1] ** 0.5 for shape in shapes]
+    weights = [torch.randn(*shape) / max(1, shape[1]) ** 0.5 for shape in shapes]
     return [torch.randn(rows, size), *weights, torch.randn(wide), torch.randn(wide), torch.randn(size)]
 
 
@@ -86,3 +86,11 @@ def test_errors_name_the_argument():
         gated_mlp(x, gate, up, down, down_bias=gate_bias)
     with pytest.raises(ValueError, match=r"up_weight is torch\.float16"):
         gated_mlp(x, gate, up.half(), down)
+
+
+def test_no_columns():
+    values = [v.requires_grad_() for v in tensors(12, 0, 5)]
+    y = gated_mlp(values[0].view(3, 4, 0), *values[1:])
+    assert y.shape == (3, 4, 0)
+    for v, grad in zip(values, torch.autograd.grad(y.sum(), values), strict=True):
+        assert torch.equal(grad, torch.zeros_like(v))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from helpers_kernels import each_of
 from leantune_kernels import layer_norm, rms_norm
@@ -11,6 +12,7 @@ from leantune_kernels.layer_norm.reference import plain
 from leantune_kernels.testing import error
 
 implementation = each_of("cpu", "reference", autouse=True)
+each_implementation = each_of("triton", "cuda", "cpu", "reference")
 
 
 def parameters(cols, dtype=torch.float32):
@@ -157,3 +159,14 @@ def test_raw_forms_name_what_does_not_fit():
     ]:
         with pytest.raises(ValueError, match=f"{name} is"):
             layer_norm.backward(**{**right, name: bad})
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 0), (2, 0, 0), (2, 0, 3), (0,)])
+def test_no_columns_or_no_rows_as_pytorch_has_it(shape, each_implementation):
+    x = torch.randn(shape, requires_grad=True)
+    weight, bias = (torch.ones(shape[-1], requires_grad=True) for _ in range(2))
+    wanted = F.layer_norm(x, shape[-1:], weight, bias)
+    for y in (layer_norm.layer_norm(x, weight, bias), layer_norm.add_layer_norm(x, x, weight, bias)[0]):
+        assert y.shape == wanted.shape
+        dx, *grads = torch.autograd.grad(y.sum(), (x, weight, bias))
+        assert dx.shape == x.shape and all(torch.equal(g, torch.zeros(shape[-1])) for g in grads)

@@ -417,3 +417,66 @@ def test_with_pytorch_its_threads_are_used():
     environment = {**os.environ, "PYTHONPATH": str(KERNELS)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
+
+
+B, Q, W4 = normal(7, 3), normal(4, 2, 8), normal(4)  # a buffer whose parts overlap; a projection's output
+CU = np.array([0, 4], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: native.rms_norm(B[:6], W, out=B[1:]), "out overlaps x; pass x itself or another array"),
+        (lambda: native.rms_norm(B[1:], W, out=B[:6]), "out overlaps x"),
+        (lambda: native.rms_norm(B[::2], W, out=B[:4]), "out overlaps x"),
+        (lambda: native.rms_norm(B.ravel()[1:19].reshape(6, 3), W, out=B[:6]), "out overlaps x"),
+        (lambda: native.rms_norm(X, W, residual=B[:2], out=B[1:3]), "out overlaps residual"),
+        (lambda: native.rms_norm(X, B[1], out=B[:2]), "out overlaps weight, which is read until the end; pass another"),
+        (lambda: native.layer_norm(X, W, B[1], out=B[:2]), "out overlaps bias"),
+        (lambda: native.rms_norm_backward(B[:2], X, W, X[:, 0], out=B[1:3]), "out overlaps dy"),
+        (lambda: native.layer_norm_backward(X, B[:2], W, W[:2], W[:2], out=B[1:3]), "out overlaps x"),
+        (lambda: native.layer_norm_backward(X, X, W, B.ravel()[:2], W[:2], out=B[:2]), "out overlaps mean"),
+        (lambda: native.activation(B[:2], "silu", B[1:3]), "out overlaps x"),
+        (lambda: native.activation_backward(X, B[:2], "silu", B[1:3]), "out overlaps x"),
+        (lambda: native.glu(X, B[:2], out=B[1:3]), "out overlaps up"),
+        (lambda: native.glu_backward(X, X, X, out=(B[:2], B[1:3])), r"out\[0\] overlaps out\[1\]"),
+        (lambda: native.glu_backward(X, B[:2], X, out=(B[3:5], B[1:3])), r"out\[1\] overlaps gate"),
+        (lambda: native.dropout(B[:2], 0.5, 1, out=B[1:3]), "out overlaps x"),
+        (lambda: native.attention(Q, Q, Q, CU, out=Q), "out is q itself"),
+        (lambda: native.embedding(np.array([1, 0]), B[:2], out=B[1:3]), "out overlaps weight"),
+        (lambda: native.embedding_backward(B[:2], np.array([1, 0]), 2, out=B[1:3]), "out overlaps dy"),
+        (lambda: native.lora_linear(X, S, W, S, B[:3], 1.0, out=B[2:4]), "out overlaps B"),
+        (lambda: native.lora_linear_backward(X, X, B[:3], S, S, 1.0, out=B[2:4]), "out overlaps weight"),
+        (lambda: native.low_rank_gradients(X, X, S, S, 1.0, out=(B[:3], B[2:5])), r"out\[0\] overlaps out\[1\]"),
+        (lambda: native.low_rank_merge(B[:3], S, S, 1.0, out=B[1:4]), "out overlaps weight"),
+        (lambda: native.bottleneck(X, B[:2], X.T, out=B[1:3]), "out overlaps down"),
+        (lambda: native.distillation(X, B[:2], alpha=1, out=B[1:3]), "out overlaps teacher"),
+        (lambda: native.int8_linear(S, S.view(np.int8)[:, :3], W, out=S), "out is x itself"),
+        (lambda: native.pack_bf16(S, S.view(np.uint16)[:, :3]), "out has"),
+        (lambda: native.pack_bf16(S, S.view(np.uint16).ravel()[:9].reshape(3, 3)), "out overlaps x"),
+        (lambda: native.unpack_bf16(S.view(np.uint16).ravel()[:9].reshape(3, 3), out=S), "out overlaps packed"),
+    ],
+)
+def test_results_that_overlap_what_is_still_read_are_refused(call, message):
+    before = [a.copy() for a in (B, Q, S, X, W)]
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert all(np.array_equal(a, b) for a, b in zip((B, Q, S, X, W), before, strict=True))
+
+
+def test_results_between_the_rows_of_an_argument_are_fine():
+    """Columns beside it in one buffer, every other row, the argument itself, a logit's own place shifted."""
+    wide, tall = normal(5, 8), normal(10, 4)
+    expected = native.rms_norm(wide[:, :4].copy(), W4)[0]
+    assert np.array_equal(native.rms_norm(wide[:, :4], W4, out=wide[:, 4:])[0], expected)
+    expected = native.rms_norm(tall[::2].copy(), W4)[0]
+    assert np.array_equal(native.rms_norm(tall[::2], W4, out=tall[1::2])[0], expected)
+    assert np.array_equal(native.rms_norm(tall[::2], W4, out=tall[::2])[0], expected)
+    assert np.array_equal(tall[::2], expected)
+    one = normal(4)
+    expected = native.activation(one[None].copy(), "silu")
+    assert np.array_equal(native.activation(one[None], "silu", out=one.reshape(1, 4)), expected)
+    targets, logits = np.array([0, 1, 2, 3]), normal(5, 4)
+    losses, dlogits = native.cross_entropy(logits[:4].copy(), targets)
+    found = native.cross_entropy(logits[:4], targets, out=logits[1:])  # the logits move there before the kernel runs
+    assert np.array_equal(found[0], losses) and np.array_equal(found[1], dlogits)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from helpers_kernels import each_of
 from leantune_kernels import rms_norm
 
-implementation = each_of("cpu", "reference", autouse=True)
+implementation = each_of("cpu", "reference", "triton", "cuda", autouse=True)
 
 
 def test_raw_forms_name_what_does_not_fit():
@@ -31,6 +32,17 @@ def test_raw_forms_name_what_does_not_fit():
     ]:
         with pytest.raises(ValueError, match=f"{name} is"):
             rms_norm.backward(**{**right, name: bad})
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 0), (2, 0, 0), (2, 0, 3), (0,)])
+def test_no_columns_or_no_rows_as_pytorch_has_it(shape):
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.ones(shape[-1], requires_grad=True)
+    wanted = F.rms_norm(x, (shape[-1],), weight)
+    for y in (rms_norm.rms_norm(x, weight), rms_norm.add_rms_norm(x, x, weight)[0]):
+        assert y.shape == wanted.shape
+        dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+        assert dx.shape == x.shape and torch.equal(dweight, torch.zeros(shape[-1]))
 
 
 def test_a_statistic_of_any_stride():

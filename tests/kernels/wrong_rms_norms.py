@@ -12,6 +12,10 @@ def good(x, weight, eps, residual=None):
     return plain(x, weight, eps, residual)
 
 
+def with_a_nan(x, weight, eps, residual=None):
+    return plain(x * torch.nan, weight, eps, residual)
+
+
 def without_eps(x, weight, eps, residual=None):
     return plain(x, weight, 0.0, residual)
 

@@ -59,7 +59,12 @@ def kernels(
         ),
     ] = None,
     check: Annotated[
-        bool, Option("--check", metavar="", help="Run the conformance kit; the exit code is 1 if a check fails.")
+        bool,
+        Option(
+            "--check",
+            metavar="",
+            help="Run the conformance kit; the exit code is 1 if a check fails, or if what is named was not checked.",
+        ),
     ] = False,
     op: Annotated[
         list[str] | None, Option(help="With --check: an op; all by default. Repeatable.", metavar="NAME")
@@ -89,10 +94,10 @@ def kernels(
         if check:
             reports = list(conformance.check(op or (), implementation or (), dtype or (), device, impl))
             if as_json:
-                typer.echo(json.dumps(conformance.as_json(reports), indent=2))
+                typer.echo(json.dumps(conformance.as_json(reports), indent=2, allow_nan=False))
             else:
                 conformance.show(reports)
-            raise typer.Exit(0 if all(report.passed for report in reports) else 1)
+            raise typer.Exit(conformance.exit_code(reports))
         if op or implementation or impl or (dtype and dtype[1:]):
             raise ConfigError("--op, --implementation, --impl and a second --dtype are for --check; add it")
         table = conformance.support(device, dtype[0] if dtype else "float32")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import expect, expect_dims
+from leantune_kernels.checks import as_rows, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -82,9 +82,3 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         return backward(as_rows(dy), as_rows(x), ctx.activation).view(x.shape), None
-
-
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` [..., I] as [T, I]; a scalar as [1, 1]."""
-    columns = x.shape[-1] if x.dim() else 1
-    return x.reshape(x.numel() // max(1, columns) if columns else 0, columns)

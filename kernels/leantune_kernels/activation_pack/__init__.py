@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from leantune_kernels.checks import FLOATS, expect
+from leantune_kernels.autograd import is_exact
+from leantune_kernels.checks import FLOATS, as_rows, expect
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -55,14 +56,14 @@ def pack(x: torch.Tensor, mode: str) -> Packed:
     _check_mode(mode)
     if x.dtype not in FLOATS:
         raise ValueError(f"x is {x.dtype}; it must be one of {', '.join(map(str, FLOATS))}")
-    rows = _rows(x.detach())
+    rows = as_rows(x.detach())
     if mode == "bf16":
         data = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-        OP.pick(x).pack_bf16(rows, _rows(data))
+        OP.pick(x).pack_bf16(rows, as_rows(data))
         return Packed(data, None, x.dtype)
     data = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
-    OP.pick(x).pack_int8(rows, _rows(data), scales)
+    OP.pick(x).pack_int8(rows, as_rows(data), scales)
     return Packed(data, scales, x.dtype)
 
 
@@ -76,9 +77,9 @@ def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
     if not out.is_contiguous():
         raise ValueError(f"out has strides {out.stride()} for shape {tuple(out.shape)}; it must be contiguous")
     if packed.scales is None:
-        OP.pick(out).unpack_bf16(_rows(data), _rows(out))
+        OP.pick(out).unpack_bf16(as_rows(data), as_rows(out))
     else:
-        OP.pick(out).unpack_int8(_rows(data), packed.scales, _rows(out), reused)
+        OP.pick(out).unpack_int8(as_rows(data), packed.scales, as_rows(out), reused)
     return out
 
 
@@ -91,10 +92,11 @@ def packed_saves(mode: str, minimum_size: int = 65536, to_host: bool = False) ->
         loss.backward()
 
     Left as they are: tensors below `minimum_size` elements, parameters and their views, dtypes that packing would not
-    make smaller, integers. Choose minimum_size above the size of what must stay exact, such as attention's
-    log-sum-exp [heads, tokens]. A tensor that several operations keep is packed once for each. With `to_host` what is
-    packed moves to pinned host memory on a stream of its own, and comes back when the backward pass asks for it;
-    ValueError without CUDA.
+    make smaller, integers; and of this library's operations weights of any kind, statistics (attention's log-sum-exp),
+    rotary tables, and the finished gradients of linear_cross_entropy. PyTorch's own operations do not say what must
+    stay exact: give them a frozen weight as a Parameter, and choose minimum_size above the size of their statistics. A
+    tensor that several operations keep is packed once for each. With `to_host` what is packed moves to pinned host
+    memory on a stream of its own, and comes back when the backward pass asks for it; ValueError without CUDA.
     """
     _check_mode(mode)
     if to_host and not torch.cuda.is_available():
@@ -118,7 +120,7 @@ def packed_saves(mode: str, minimum_size: int = 65536, to_host: bool = False) ->
 def _worthwhile(x: torch.Tensor, mode: str, minimum_size: int) -> bool:
     smaller = x.dtype in FLOATS and x.element_size() > {"bf16": 2, "int8": 1}[mode]
     weight = isinstance(x, torch.nn.Parameter) or isinstance(x._base, torch.nn.Parameter)
-    return smaller and not weight and x.numel() >= max(1, minimum_size)
+    return smaller and not weight and x.numel() >= max(1, minimum_size) and not is_exact(x)
 
 
 @cache
@@ -160,9 +162,3 @@ class _OnHost:
 def _check_mode(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}")
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` as [rows, columns]: its last dimension is the columns, a scalar is one row of one."""
-    cols = x.shape[-1] if x.dim() else 1
-    return x.reshape(x.numel() // max(1, cols), cols)

@@ -14,7 +14,7 @@ import itertools
 
 import torch
 
-from leantune_kernels.autograd import call, once_differentiable
+from leantune_kernels.autograd import call, once_differentiable, save
 from leantune_kernels.checks import can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -118,7 +118,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, scale, causal, window):  # type: ignore[no-untyped-def]
         o, lse = forward(q, k, v, cu_seqlens, scale, causal, window=window)
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+        save(ctx, q, k, v, o, lse, cu_seqlens, exact=(lse,))
         ctx.scale, ctx.causal, ctx.window = scale, causal, window
         return o
 

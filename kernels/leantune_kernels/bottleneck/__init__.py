@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import expect, expect_dims
+from leantune_kernels.autograd import call, once_differentiable, save
+from leantune_kernels.checks import as_rows, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -49,7 +49,7 @@ def bottleneck(
     ValueError for what does not fit, and for r outside [1, 256].
     """
     weights = Weights(down, up, down_bias, up_bias)
-    _check(x.reshape(-1, x.shape[-1]), weights, activation)
+    _check(as_rows(x), weights, activation)
     return call(_Bottleneck, x, scale, activation, *weights)
 
 
@@ -109,8 +109,8 @@ def _check(x: torch.Tensor, weights: Weights, activation: str) -> None:
 class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, activation, *tensors):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat, *tensors)
+        flat = as_rows(x)
+        save(ctx, flat, *tensors, exact=tensors)
         ctx.scale, ctx.activation = scale, activation
         return forward(flat, Weights(*tensors), scale, activation).view(x.shape)
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import expect, expect_dims
+from leantune_kernels.autograd import call, once_differentiable, save
+from leantune_kernels.checks import as_rows, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -50,7 +50,7 @@ def gated_mlp(
     for the backward pass are x, gate and up; h is computed again. Raises ValueError for what does not fit.
     """
     weights = Weights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-    _check(x.reshape(-1, x.shape[-1]), weights, activation)
+    _check(as_rows(x), weights, activation)
     return call(_GatedMLP, x, activation, *weights)
 
 
@@ -98,21 +98,21 @@ def _check(x: torch.Tensor, weights: Weights, activation: str) -> None:
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activation, *tensors):  # type: ignore[no-untyped-def]
-        flat, weights = x.reshape(-1, x.shape[-1]), Weights(*tensors)
+        flat, weights = as_rows(x), Weights(*tensors)
         y, gate, up = forward(flat, weights, activation)
-        ctx.save_for_backward(flat, *tensors)
-        ctx.activation, ctx.kept = activation, (gate, up)
+        save(ctx, flat, gate, up, *tensors, exact=tensors)
+        ctx.activation, ctx.overwritten = activation, False
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, *tensors = ctx.saved_tensors
+        x, gate, up, *tensors = ctx.saved_tensors
         weights = Weights(*tensors)
-        kept, ctx.kept = ctx.kept, None
-        if kept is None:  # a second backward pass: the first one overwrote them
-            kept = forward(x, weights, ctx.activation)[1:]
+        if ctx.overwritten:  # by the first backward pass; this is a second one
+            gate, up = forward(x, weights, ctx.activation)[1:]
+        ctx.overwritten = True
+        gate, up = gate.data, up.data  # a second pass may still ask for what was saved: changes go uncounted
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        gate, up = kept
         dx, *rest = backward_(dy.reshape(x.shape), x, gate, up, weights, ctx.activation, needs)
         return None if dx is None else dx.view(dy.shape), None, *rest

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.activation import as_rows, check_activation, gelu_name
+from leantune_kernels.activation import check_activation, gelu_name
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import expect, expect_dims
+from leantune_kernels.checks import as_rows, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import FLOATS, expect, expect_dims
+from leantune_kernels.autograd import call, once_differentiable, save
+from leantune_kernels.checks import FLOATS, as_rows, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 from leantune_kernels.rms_norm import check_sum
@@ -112,9 +112,9 @@ def _gradients(ctx, dy, ds):  # type: ignore[no-untyped-def]
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, x.shape[-1])
+        flat = as_rows(x)
         y, mean, rstd = forward(flat, weight, bias, eps)
-        ctx.save_for_backward(flat, weight, mean, rstd)
+        save(ctx, flat, weight, mean, rstd, exact=(weight, mean, rstd))
         ctx.shape = x.shape
         return y.view(x.shape)
 
@@ -127,10 +127,10 @@ class _LayerNorm(torch.autograd.Function):
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, x.shape[-1])
+        flat = as_rows(x)
         s = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
         y, mean, rstd = forward(flat, weight, bias, eps, residual=residual.reshape(flat.shape), summed=s)
-        ctx.save_for_backward(s, weight, mean, rstd)
+        save(ctx, s, weight, mean, rstd, exact=(weight, mean, rstd))
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return y.view(x.shape), s.view(x.shape)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from leantune_kernels.autograd import call, once_differentiable
+from leantune_kernels.autograd import call, once_differentiable, save
 from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.linear_cross_entropy.targets import Labels, SoftLabels
@@ -201,7 +201,7 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, settings, mean):  # type: ignore[no-untyped-def]
         loss, *grads = _whole(hidden).reduced(hidden, weight, bias, settings, mean, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*grads)
+        save(ctx, *grads, exact=grads)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         return loss
 
@@ -221,7 +221,7 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, settings, mean):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(hidden, weight, bias)
+        save(ctx, hidden, weight, bias, exact=(weight, bias))
         ctx.settings = settings
         return _whole(hidden).per_row(hidden, weight, bias, settings, None, (False, False, False))[0]
 

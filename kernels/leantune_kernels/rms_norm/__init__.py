@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import FLOATS, expect, expect_dims
+from leantune_kernels.autograd import call, once_differentiable, save
+from leantune_kernels.checks import FLOATS, as_rows, expect, expect_dims
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -97,9 +97,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> N
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, x.shape[-1])
+        flat = as_rows(x)
         y, rstd = forward(flat, weight, eps)
-        ctx.save_for_backward(flat, weight, rstd)
+        save(ctx, flat, weight, rstd, exact=(weight, rstd))
         return y.view(x.shape)
 
     @staticmethod
@@ -113,10 +113,10 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, x.shape[-1])
+        flat = as_rows(x)
         s = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
         y, rstd = forward(flat, weight, eps, residual=residual.reshape(flat.shape), summed=s)
-        ctx.save_for_backward(s, weight, rstd)
+        save(ctx, s, weight, rstd, exact=(weight, rstd))
         ctx.set_materialize_grads(False)
         return y.view(x.shape), s.view(x.shape)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.autograd import call, once_differentiable
+from leantune_kernels.autograd import call, once_differentiable, save
 from leantune_kernels.checks import can_read, expect
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -92,7 +92,7 @@ def _check(
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cos, sin, positions, interleaved, *heads):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(cos, sin, positions)
+        save(ctx, cos, sin, positions, exact=(cos, sin))
         ctx.interleaved = interleaved
         return _rotated(heads, cos, sin, positions, False, interleaved)
 
