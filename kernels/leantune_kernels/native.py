@@ -5,6 +5,7 @@ where they lie (copied where the last dimension is not contiguous). Results are 
 which must be writable: a NumPy array, a PyTorch tensor, a writable buffer, but no JAX array, which cannot be changed.
 A result in bfloat16 needs `out`, or an argument in ml_dtypes' bfloat16 as JAX has. Arithmetic and statistics are
 float32 whatever the storage. Every function raises ValueError or TypeError that names the argument which does not fit.
+LEANTUNE_IMPL does not apply: it is the C++ kernels that run.
 Every op is here but gated_mlp: dense products around glu, without a kernel of its own.
 
 Shapes: T rows (tokens), H columns (hidden size), I columns (intermediate size), K inputs, N outputs, r rank, V

@@ -10,6 +10,7 @@ import numpy as np
 
 from leantune_kernels import _native as lib
 from leantune_kernels.arrays import View, address, copied, indices, result, take, within
+from leantune_kernels.ranges import expect_number
 
 Array = Any  # what has __dlpack__ or the buffer protocol
 
@@ -27,6 +28,7 @@ def rms_norm(
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     x_ = take("x", x, ("T", "H"))
+    expect_number("eps", eps)
     weight_ = take("weight", weight, x_.shape[1:], dense=True)
     y, rstd = result("out", out, x_.shape, x_.dtype, x_), result("rstd", None, x_.shape[:1], "float32")
     of_rows = weight_.code, weight_.address, y.address, y.row, rstd.address, *x_.shape, eps
@@ -81,6 +83,7 @@ def layer_norm(
     2016, arXiv:1607.06450.
     """
     x_ = take("x", x, ("T", "H"))
+    expect_number("eps", eps)
     weight_ = take("weight", weight, x_.shape[1:], dense=True)
     bias_ = None if bias is None else take("bias", bias, x_.shape[1:], weight_.dtype, dense=True)
     y = result("out", out, x_.shape, x_.dtype, x_)
