@@ -23,7 +23,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             typer.secho("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except (LeantuneError, RuntimeError, ImportError) as error:
+        except (LeantuneError, RuntimeError) as error:
             if _interrupted(error):
                 typer.secho(str(error), err=True)
                 raise typer.Exit(INTERRUPTED) from None
@@ -34,8 +34,6 @@ class _Group(TyperGroup):
 
 
 def _explains_itself(error: Exception) -> bool:
-    if isinstance(error, ImportError):  # dispatch may be what cannot be imported
-        return str(error).startswith("LEANTUNE_ISA=")
     from leantune_kernels.dispatch import CannotServe
 
     return isinstance(error, (LeantuneError, CannotServe))

@@ -75,7 +75,10 @@ def kernels(
     ] = None,
     impl: Annotated[
         str | None,
-        Option(help="With --check and --op: check this function of your own instead.", metavar="MODULE:FUNCTION"),
+        Option(
+            help="With --check and --op: check this function of your own instead. Cases pass it all arguments by name.",
+            metavar="MODULE:FUNCTION",
+        ),
     ] = None,
 ) -> None:
     """List every op with its implementations: which can serve a tensor here, and why others cannot.
@@ -85,7 +88,8 @@ def kernels(
     What it forces is shown with the op, and in --json as the op's "forced".
 
     --check runs every op's own cases on these implementations: errors against float64, outputs in memory full of NaN,
-    upstream gradients of any strides, arguments left as they were, the same bits twice.
+    upstream gradients of any strides, arguments left as they were, the same bits twice. A function of your own takes
+    the arguments of the op's cases by name: impl(x=, weight=, eps=, residual=) for rms_norm.
     """
     from leantune_kernels import conformance
 
@@ -137,9 +141,9 @@ def _show_support(table: dict[str, dict[str, str | None]], forced: dict[str, str
             else:
                 reasons += [] if reason in reasons else [reason]
                 line.append(f"no ({reasons.index(reason) + 1})".ljust(11), "dim")
-        if op in forced:
-            line.append(f"LEANTUNE_IMPL forces {forced[op]}", "yellow")
         console.print(line)
+        if op in forced:
+            console.print(Padding(Text(f"LEANTUNE_IMPL forces {forced[op]}", "yellow"), (0, 0, 0, 2)))
         console.print(Padding(Text(dispatch.Op(f"leantune_kernels.{op}").about, "dim"), (0, 0, 0, 2)))
     for number, reason in enumerate(reasons, 1):
         console.print(Text(f"({number}) {reason}"), highlight=False)
