@@ -80,6 +80,14 @@ void set_isa(const std::string &name) {
         throw std::invalid_argument(lt_last_error());
 }
 
+// The library takes its best level where LEANTUNE_ISA names none that it has; whoever imports the module is told.
+void check_isa_of_environment() {
+    const char *asked = std::getenv("LEANTUNE_ISA");
+    if (asked && lt_set_isa(asked) != LT_OK)
+        throw py::import_error("LEANTUNE_ISA=" + std::string(asked) + ": " + lt_last_error() +
+                               "; set it to base, avx2 or avx512, or unset it");
+}
+
 // (address, shape, strides in elements, type code, bits, device type, writable, capsule) of a DLPack capsule, which is
 // only looked into: it stays the caller's, and its memory lives as long as it does. What an unversioned capsule does
 // not say counts as "no": it is not writable.
@@ -155,9 +163,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("look_into_dlpack", look_into_dlpack);
     m.def("isa", [] { return std::string(lt_isa()); });
     m.def("set_isa", set_isa);
-    if (const char *asked =
-            std::getenv("LEANTUNE_ISA")) // refuse a level that does not exist: the library takes its best
-        set_isa(asked);
+    check_isa_of_environment();
     m.def("adopt_openmp", [] { return std::string(lt_adopt_openmp()); });
     m.def("set_num_threads", checked(lt_set_num_threads));
     m.def("num_threads", lt_num_threads);

@@ -75,10 +75,14 @@ static int isa_of_processor() { return ISA_BASE; }
 
 static const char *const isa_names[] = {"base", "avx2", "avx512"};
 
+// -1 for none; spaces around the name do not matter.
 static int isa_by_name(const char *name) {
-    for (int level = ISA_BASE; level <= ISA_AVX512; ++level)
-        if (!strcmp(name, isa_names[level]))
+    name += strspn(name, " ");
+    for (int level = ISA_BASE; level <= ISA_AVX512; ++level) {
+        const size_t length = strlen(isa_names[level]);
+        if (!strncmp(name, isa_names[level], length) && !name[length + strspn(name + length, " ")])
             return level;
+    }
     return -1;
 }
 

@@ -7,6 +7,9 @@
  *   - Sizes and offsets are 64-bit. Pointers need only the alignment of their element.
  *   - Outputs are fully overwritten unless a parameter says "accumulated".
  *   - Same inputs, same instruction level: same bits, whatever the number of threads.
+ *   - The caller answers for these, which are not checked: sizes are not negative; no pointer is null where its size is
+ *     above 0, but for those that may be; rows of an output do not overlap, and outputs overlap nothing but what a
+ *     comment allows.
  */
 #ifndef LEANTUNE_KERNELS_H
 #define LEANTUNE_KERNELS_H
@@ -27,7 +30,8 @@ enum lt_activation { LT_SILU = 0, LT_GELU = 1, LT_GELU_TANH = 2, LT_RELU = 3, LT
 
 LT_API const char *lt_last_error(void);
 
-/* Instruction level in use: "base", "avx2" or "avx512". LEANTUNE_ISA in the environment, or lt_set_isa, lowers it. */
+/* Instruction level in use: "base", "avx2" or "avx512". LEANTUNE_ISA in the environment, or lt_set_isa, lowers it. A
+ * value of LEANTUNE_ISA that is no level, or beyond the processor, is ignored; lt_set_isa reports it as LT_INVALID. */
 LT_API const char *lt_isa(void);
 LT_API int lt_set_isa(const char *name);
 

@@ -82,8 +82,11 @@ class View:
         return copied
 
 
-def view(name: str, x: Any) -> View:
-    """`x` as it lies in memory. TypeError or ValueError that names the argument if no kernel can read it there."""
+def view(name: str, x: Any, dtype: str = "float32") -> View:
+    """`x` as it lies in memory. TypeError or ValueError that names the argument if no kernel can read it there.
+
+    `dtype` is one that x may have, for the message.
+    """
     found = _native.look_into_buffer(x)
     if found is not None:
         return _described(name, x, found)
@@ -93,7 +96,7 @@ def view(name: str, x: Any) -> View:
         return _of_dlpack(name, x)
     raise TypeError(
         f"{name} is a {type(x).__name__}, without __dlpack__ or a buffer of numbers; pass an array, such as "
-        "numpy.asarray(..., dtype=numpy.float32)"
+        f"numpy.asarray(..., dtype=numpy.{dtype})"
     )
 
 
@@ -104,7 +107,7 @@ def take(
 
     It is copied where its last dimension is not contiguous; with `dense`, where anything is not.
     """
-    found = view(name, x)
+    found = view(name, x, dtypes if isinstance(dtypes, str) else dtypes[0])
     _check(found, shape, dtypes)
     return found if (found.is_dense if dense else found.rows_are_contiguous) else found.copy()
 

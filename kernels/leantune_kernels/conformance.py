@@ -11,8 +11,9 @@
 - inputs: neither arguments nor upstream gradients are changed, and a second backward pass gives the same gradients;
 - bits: two runs give the same bits.
 
-An implementation of your own (`--impl module:function`) takes the arguments of the `function` of the op's cases.py,
-which is the op's public function in most of them, and is differentiated by PyTorch.
+An implementation of your own (`--impl module:function`) is differentiated by PyTorch. It takes the arguments of the
+`function` of the op's cases.py, which is the op's public function in most of them; cases pass them all by name, such as
+impl(x=, weight=, eps=, residual=) for rms_norm. Where it does not take them, the failure lists them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import leantune_kernels
-from leantune_kernels import dispatch, testing
+from leantune_kernels import checks, dispatch, testing
 from leantune_kernels.dispatch import IMPLEMENTATIONS, CannotServe, Op
 from leantune_kernels.testing import Case, Expected, Measured
 
@@ -81,12 +83,14 @@ class Report:
 class Subject:
     """An implementation under test: how to call it, on which device, and where its results go."""
 
-    def __init__(self, function: Function, device: str, report: Report) -> None:
+    def __init__(self, function: Function, public: Function, device: str, report: Report) -> None:
         self.function, self.device, self.report = function, device, report
+        self.public = public  # the op's own function, whose dtypes count
 
     def check(self, case: Case, expected: dict[str, Expected]) -> None:
         """All checks of one case. `expected` has it for the upstream gradients of `testing`, by name."""
         with self._catching("error", case, expected):
+            self._check_call(case, expected["dense"].inputs)
             self._keep_worst(case, self._compare("error", expected["dense"]))
         self.report.cases += 1  # not where it could not serve
         with self._catching("inputs", case, expected):
@@ -115,6 +119,29 @@ class Subject:
                 if "error" not in self.report.failures:
                     self.report.fail(check, f"{case.name}: {type(error).__name__}: {error}")
 
+    def _check_call(self, case: Case, inputs: testing.Inputs) -> None:
+        """TypeError where the function does not take the case's arguments, or returns no tensors or other dtypes."""
+        given = testing.prepare(inputs, case, device=self.device)
+        names = ", ".join(f"{name}=" for name in given)
+        try:
+            inspect.signature(self.function).bind(**given)
+        except TypeError as error:
+            raise TypeError(f"{error}; cases call impl({names})") from error
+        except ValueError:  # a function in C without a signature: the call itself will tell
+            pass
+        with restored(given):
+            outputs = listed(self.function(**given))
+        for i, output in enumerate(outputs):
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(
+                    f"output {i} is {checks.kind(output)}; impl({names}) must return a torch.Tensor or a tuple of them"
+                )
+        with restored(given), forcing("reference"):
+            wanted = listed(self.public(**given))
+        for i, (output, like) in enumerate(zip(outputs, wanted, strict=False)):
+            if output.dtype != like.dtype:
+                raise TypeError(f"output {i} is {output.dtype}; it must be {like.dtype}")
+
     def _compare(self, check: str, expected: Expected, when: str = "", slack: float = 1.0) -> list[Measured]:
         measured = expected.measure(self.function, self.device)
         for m in measured:
@@ -133,8 +160,7 @@ class Subject:
         given = testing.prepare(inputs, case, device=self.device)
         tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
         before = {k: v.detach().clone() for k, v in tensors.items()}
-        outputs = self.function(**given)
-        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        outputs = listed(self.function(**given))
         if case.differentiable:
             generator = torch.Generator().manual_seed(1)
             upstream = [testing.dense(o, generator) for o in outputs]
@@ -159,6 +185,11 @@ class Subject:
         for i, (a, b) in enumerate(zip(first, second, strict=True)):
             if not same_bits(a, b):
                 self.report.fail("bits", f"{case.name}: result {i} differs between two runs")
+
+
+def listed(outputs: Any) -> list[Any]:
+    """What a function returned as a list."""
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -242,7 +273,7 @@ def check(
         for dtype in possible:
             if own is not None and impl is not None:
                 reports = {impl: Report(op, impl, dtype)}
-                subjects = {impl: Subject(own, device, reports[impl])}
+                subjects = {impl: Subject(own, cases.function, device, reports[impl])}
             else:
                 reports, subjects = _implementations(op, cases.function, wanted, dtype, device)
             _check_cases(cases, dtype, subjects)
@@ -265,7 +296,7 @@ def _implementations(
         reason = Op(f"leantune_kernels.{op}").refusal(name, probe)
         if reason is None:
             reports[name] = Report(op, name, dtype)
-            subjects[name] = Subject(function, device, reports[name])
+            subjects[name] = Subject(function, function, device, reports[name])
         elif wanted:
             reports[name] = Report(op, name, dtype, skipped=reason)
     return reports, subjects

@@ -1,7 +1,8 @@
 """Which implementation serves a call: the first that can, or the one that LEANTUNE_IMPL forces.
 
-`LEANTUNE_IMPL=reference` forces every op, `LEANTUNE_IMPL=rms_norm:cpu,attention:reference` names ops one by one. A
-forced implementation that cannot serve fails with its reason; nothing falls back silently.
+`LEANTUNE_IMPL=reference` forces every op, `LEANTUNE_IMPL=rms_norm:cpu,attention:reference` names ops one by one; of
+both together, the entry for an op goes before the one for all. A forced implementation that cannot serve fails with its
+reason; nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+from leantune_kernels.checks import FLOATS
 from leantune_kernels.graph import Effects, Traced
 
 log = logging.getLogger("leantune_kernels")
@@ -27,10 +29,11 @@ IMPLEMENTATIONS = {
     "reference": "reference",
 }
 
+SERVED = "float32, bfloat16 and float16 are served"
 EMULATED = ("cuda", "triton")  # on the memory of the cpu they run for tests alone, and slowly
 
 
-class CannotServe(RuntimeError):
+class CannotServe(RuntimeError, ValueError):
     """No implementation, or not the forced one, can take the call; the message lists the reasons."""
 
 
@@ -68,16 +71,20 @@ class Op:
 
     def refusal(self, name: str, x: torch.Tensor) -> str | None:
         """Why implementation `name` cannot take a call on `x`; None if it can."""
+        if x.dtype not in FLOATS:
+            return f"dtype is {x.dtype}, {SERVED}"
         if name == "triton" and importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install 'leantune[gpu]')"
         module = self.implementation(name)
         return "not written for this op" if module is None else module.refuses(x)
 
     def pick(self, x: torch.Tensor) -> ModuleType:
-        """The implementation for a call whose main tensor is `x`. Raises CannotServe.
+        """The implementation for a call whose main tensor is `x`. Raises CannotServe, for other dtypes in any case.
 
         While torch.compile traces, it is a stand-in that picks when the graph runs.
         """
+        if x.dtype not in FLOATS:
+            raise CannotServe(f"{self.name}: a tensor is {x.dtype}; {SERVED}: convert it with .float() or .to(dtype)")
         if torch.compiler.is_compiling():
             return Traced(self.package, self.effects)  # type: ignore[return-value]
         key = (os.environ.get("LEANTUNE_IMPL"), x.device.type, x.dtype, tuple([x.shape[dim] for dim in self.dims]))
@@ -105,17 +112,26 @@ class Op:
 
 
 def forced(setting: str | None, op: str) -> str | None:
-    """The implementation that the LEANTUNE_IMPL value `setting` names for `op`; None if it leaves the choice open."""
-    chosen = None
-    for entry in filter(None, (setting or "").split(",")):
-        target, colon, name = entry.strip().rpartition(":")
+    """The implementation that the LEANTUNE_IMPL value `setting` names for `op`; None if it leaves the choice open.
+
+    An entry for the op goes before one for all. Raises CannotServe for an unknown op or implementation, and for two
+    entries that contradict each other.
+    """
+    import leantune_kernels
+
+    chosen: dict[str, str] = {}  # by op; "" is all of them
+    for entry in filter(None, (part.strip() for part in (setting or "").split(","))):
+        target, colon, name = (part.strip() for part in entry.rpartition(":"))
         if name not in IMPLEMENTATIONS:
             raise CannotServe(
                 f"LEANTUNE_IMPL={setting}: {name!r} is no implementation; use {', '.join(IMPLEMENTATIONS)}"
             )
-        if not colon or target == op:
-            chosen = name
-    return chosen
+        if colon and target not in leantune_kernels.ops():
+            raise CannotServe(f"LEANTUNE_IMPL={setting}: {target!r} is no op; use {', '.join(leantune_kernels.ops())}")
+        if chosen.setdefault(target, name) != name:
+            what = target or "all ops"
+            raise CannotServe(f"LEANTUNE_IMPL={setting} names both {chosen[target]} and {name} for {what}; keep one")
+    return chosen.get(op, chosen.get(""))
 
 
 def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str | None]]:

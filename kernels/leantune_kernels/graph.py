@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from leantune_kernels.checks import FLOATS
+
 
 class Effects(NamedTuple):
     """What a raw function does beyond returning new tensors."""
@@ -88,7 +90,8 @@ def _run(
     given, copies = _with_copies(tensors, written, torch.clone)
     args, options = _arguments(layout, given, ints, floats)
     package, name = _module(target)
-    implementation = package.OP.pick(given[0])
+    # Ids or codes may come first; what dispatch looks at beside the device is the dtype of a float tensor.
+    implementation = package.OP.pick(next((t for t in given if t.dtype in FLOATS), given[0]))
     # Not every raw function has an implementation of its own: the op's package has those that are built from others.
     function = getattr(implementation, name, None) or getattr(package, name)
     result = function(*args, **options)

@@ -7,6 +7,7 @@ which must be writable: a NumPy array, a PyTorch tensor, a writable buffer, but 
 other overlap with what a kernel reads is refused (the optimizers trust their lists to be apart from one another).
 A result in bfloat16 needs `out`, or an argument in ml_dtypes' bfloat16 as JAX has. Arithmetic and statistics are
 float32 whatever the storage. Every function raises ValueError or TypeError that names the argument which does not fit.
+LEANTUNE_IMPL does not apply: it is the C++ kernels that run.
 Every op is here but gated_mlp: dense products around glu, without a kernel of its own.
 
 Shapes: T rows (tokens), H columns (hidden size), I columns (intermediate size), K inputs, N outputs, r rank, V

@@ -10,6 +10,7 @@ import numpy as np
 
 from leantune_kernels import _native as lib
 from leantune_kernels.arrays import View, address, apart, copied, indices, result, same_or_apart, take, within
+from leantune_kernels.ranges import expect_number
 
 Array = Any  # what has __dlpack__ or the buffer protocol
 
@@ -27,6 +28,7 @@ def rms_norm(
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     x_ = take("x", x, ("T", "H"))
+    expect_number("eps", eps)
     weight_ = take("weight", weight, x_.shape[1:], dense=True)
     residual_ = None if residual is None else take("residual", residual, x_.shape, x_.dtype)
     y, rstd = result("out", out, x_.shape, x_.dtype, x_), result("rstd", None, x_.shape[:1], "float32")
@@ -85,6 +87,7 @@ def layer_norm(
     2016, arXiv:1607.06450.
     """
     x_ = take("x", x, ("T", "H"))
+    expect_number("eps", eps)
     weight_ = take("weight", weight, x_.shape[1:], dense=True)
     bias_ = None if bias is None else take("bias", bias, x_.shape[1:], weight_.dtype, dense=True)
     residual_ = None if residual is None else take("residual", residual, x_.shape, x_.dtype)

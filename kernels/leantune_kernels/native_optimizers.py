@@ -19,6 +19,7 @@ import numpy as np
 from leantune_kernels import _native as lib
 from leantune_kernels.arrays import FLOATS, View, address, copied, take
 from leantune_kernels.dynamic_code_books import BLOCK, tables
+from leantune_kernels.ranges import expect_number
 
 Array = Any  # what has __dlpack__ or the buffer protocol
 Arrays = Sequence[Array]
@@ -49,7 +50,7 @@ def adamw(
     these, on `grad_scale` and `seed` in leantune_kernels.native_optimizers. Loshchilov and Hutter 2019,
     arXiv:1711.05101.
     """
-    _check_betas(beta1, beta2)
+    _check_numbers(beta1, beta2, eps)
     states = [_List("exp_avgs", exp_avgs), _List("exp_avg_sqs", exp_avg_sqs)]
     update = _Update(params, grads, states, masters, out, step, lr, weight_decay, seed)
     lib.adamw(*update.table, beta1, beta2, eps, grad_scale, step, seed)
@@ -82,7 +83,7 @@ def adamw_8bit(
     256], with the books of leantune_kernels.dynamic_code_books. Infinity or NaN in a gradient reaches all of its block
     of 256. Otherwise as `adamw`. Dettmers et al. 2022, arXiv:2110.02861.
     """
-    _check_betas(beta1, beta2)
+    _check_numbers(beta1, beta2, eps)
     states = [
         _List("exp_avgs", exp_avgs, "uint8"),
         _List("exp_avg_absmaxes", exp_avg_absmaxes, block=BLOCK),
@@ -113,6 +114,7 @@ def sgd(
 
     Arguments as those of `adamw`. Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html.
     """
+    expect_number("momentum", momentum)
     states = [_List("momentum_buffers", momentum_buffers)]
     update = _Update(params, grads, states, masters, out, step, lr, weight_decay, seed)
     lib.sgd(*update.table, momentum, 0.0, nesterov, grad_scale, step, seed)
@@ -138,6 +140,8 @@ def rmsprop(
 
     Arguments as those of `adamw`. Tieleman and Hinton 2012, Neural Networks for Machine Learning, lecture 6.5.
     """
+    expect_number("alpha", alpha, 1.0)
+    expect_number("eps", eps)
     states = [_List("square_avgs", square_avgs)]
     update = _Update(params, grads, states, masters, out, step, lr, weight_decay, seed)
     lib.rmsprop(*update.table, alpha, eps, 0.0, grad_scale, step, seed)
@@ -160,10 +164,10 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return 1.0 if factor > 1.0 else factor  # NaN stays NaN
 
 
-def _check_betas(beta1: float, beta2: float) -> None:
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name}={beta} is outside [0, 1)")
+def _check_numbers(beta1: float, beta2: float, eps: float) -> None:
+    expect_number("beta1", beta1, 1.0)
+    expect_number("beta2", beta2, 1.0)
+    expect_number("eps", eps)
 
 
 # lt_parameter of leantune_kernels.h
@@ -212,6 +216,8 @@ class _Update:
             raise ValueError(f"step={step} must be 1 for the first update, then 2 and so on, below 2^32")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed} is outside [0, 2^64)")
+        expect_number("lr", lr)
+        expect_number("weight_decay", weight_decay)
         shapes = [np.shape(p) for p in params]
         lists = {"data": _List("params", params, FLOATS), **{f"state{i}": state for i, state in enumerate(states)}}
         if masters is not None:

@@ -90,6 +90,8 @@ def nf4_linear(x: Array, w: NF4Weight, bias: Array | None = None, out: Array | N
 
 def _stored(w: NF4Weight) -> tuple[View | None, ...]:
     """codes, absmax, absmax_codes, absmax_scales, absmax_offset of the C interface; the kernels go by w.shape alone."""
+    if not hasattr(w, "absmax"):
+        raise TypeError(f"w is a {type(w).__name__}; pass nf4_quantise(weight)")
     size = math.prod(w.shape)
     blocks = -(-size // BLOCK)
     codes = take("w.codes", w.codes, (-(-size // 2),), "uint8", dense=True)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from leantune_kernels.checks import FLOATS
+from leantune_kernels.checks import FLOATS, changed
 from leantune_kernels.cpu import DTYPE_CODES, address
 from leantune_kernels.dispatch import Op
+from leantune_kernels.ranges import expect_number
 
 PIECE = 16384  # LT_PIECE: elements of one tensor that are one block's work
 FIELDS = 12  # of lt_parameter, 8 bytes each
@@ -118,6 +119,8 @@ class ParameterTable:
         rates = {"lr": self._per_tensor(lr, "lr"), "weight_decay": self._per_tensor(weight_decay, "weight_decay")}
         if self.params:
             self.op.pick(self.params[0]).update(self, given, step=step, seed=seed, **rates, **numbers)
+            for written in (self.params, self.masters):
+                changed(*[t for t, g in zip(written, given, strict=True) if g is not None])
 
     def _checked(self, grads: Grads) -> list[torch.Tensor | None]:
         if len(grads) != len(self.params):
@@ -131,7 +134,12 @@ class ParameterTable:
         return [None if g is None else g.detach().contiguous() for g in grads]
 
     def _per_tensor(self, value: PerTensor, name: str) -> list[float]:
-        values = [float(value)] * len(self.params) if isinstance(value, (int, float)) else [float(v) for v in value]
+        if isinstance(value, (int, float)):
+            expect_number(name, value)
+            return [float(value)] * len(self.params)
+        values = [float(v) for v in value]
+        for i, v in enumerate(values):
+            expect_number(f"{name}[{i}]", v)
         if len(values) != len(self.params):
             raise ValueError(
                 f"{name} has {len(values)} numbers; give one for all or one for each of {len(self.params)}"

@@ -364,6 +364,19 @@ def test_kernels_lists_every_op_with_reasons() -> None:
     refused(leantune("kernels", "--op", "rope"), "add it")
 
 
+def test_kernels_says_what_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEANTUNE_IMPL", "reference,rms_norm:cpu")
+    table = json.loads(leantune("kernels", "--json").stdout)
+    assert table["rms_norm"]["forced"] == "cpu" and table["rope"]["forced"] == "reference"
+    shown = leantune("kernels").stdout
+    assert "LEANTUNE_IMPL forces cpu" in shown and "LEANTUNE_IMPL forces reference" in shown
+    monkeypatch.setenv("LEANTUNE_IMPL", "rope:cpu")
+    assert "forced" not in json.loads(leantune("kernels", "--json").stdout)["rms_norm"]
+    monkeypatch.setenv("LEANTUNE_IMPL", "rmsnorm:reference")
+    refused(leantune("kernels"), "LEANTUNE_IMPL=rmsnorm:reference: 'rmsnorm' is no op; use .*rms_norm")
+    refused(leantune("kernels", "--json"), "'rmsnorm' is no op")
+
+
 def test_kernels_check_runs_the_conformance_kit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "tests" / "kernels")
     given = ("kernels", "--check", "--op", "rms_norm", "--dtype", "float32")

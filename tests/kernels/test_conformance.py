@@ -69,6 +69,13 @@ def test_a_good_implementation_passes(wrong):
     ("name", "check", "words"),
     [
         ("without_eps", "error", "5x64 scale 0.001, output 0: error"),
+        (
+            "without_residual",
+            "error",
+            "unexpected keyword argument 'residual'; cases call impl(x=, weight=, eps=, residual=)",
+        ),
+        ("of_another_dtype", "error", "output 0 is torch.float64; it must be torch.float32"),
+        ("returns_nothing", "error", "output 0 is None; impl(x=, weight=, eps=) must return a torch.Tensor"),
         ("half_the_rows", "error", "gradient of weight: error"),
         ("forgets_the_weight", "error", "no gradient for ['weight']"),
         ("of_another_shape", "error", "output 0: shape (1, 1, 5), not (1, 5)"),

@@ -16,6 +16,19 @@ def with_a_nan(x, weight, eps, residual=None):
     return plain(x * torch.nan, weight, eps, residual)
 
 
+def without_residual(x, weight, eps):
+    return plain(x, weight, eps)
+
+
+def of_another_dtype(x, weight, eps, residual=None):
+    y = plain(x, weight, eps, residual)
+    return y.double() if residual is None else (y[0].double(), y[1])
+
+
+def returns_nothing(x, weight, eps, residual=None):
+    pass
+
+
 def without_eps(x, weight, eps, residual=None):
     return plain(x, weight, 0.0, residual)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -46,7 +48,7 @@ def kernels(
         Option(
             "--json",
             metavar="",
-            help="Print {op: {implementation: null if it can serve, else why not}}; with --check a list of reports.",
+            help="Print {op: {implementation: null if it can serve, else why not}}, with --check a list of reports.",
         ),
     ] = False,
     device: Annotated[str, Option(help="Device that tensors would lie on, such as cuda.", metavar="NAME")] = "cpu",
@@ -78,15 +80,21 @@ def kernels(
     ] = None,
     impl: Annotated[
         str | None,
-        Option(help="With --check and --op: check this function of your own instead.", metavar="MODULE:FUNCTION"),
+        Option(
+            help="With --check and --op: check this function of your own instead. Cases pass it all arguments by name.",
+            metavar="MODULE:FUNCTION",
+        ),
     ] = None,
 ) -> None:
     """List every op with its implementations: which can serve a tensor here, and why others cannot.
 
     The first that can is used, from left to right. LEANTUNE_IMPL=reference (or rms_norm:cpu,rope:reference) forces.
 
+    What it forces is shown with the op, and in --json as the op's "forced".
+
     --check runs every op's own cases on these implementations: errors against float64, outputs in memory full of NaN,
-    upstream gradients of any strides, arguments left as they were, the same bits twice.
+    upstream gradients of any strides, arguments left as they were, the same bits twice. A function of your own takes
+    the arguments of the op's cases by name: impl(x=, weight=, eps=, residual=) for rms_norm.
     """
     from leantune_kernels import conformance
 
@@ -101,15 +109,25 @@ def kernels(
         if op or implementation or impl or (dtype and dtype[1:]):
             raise ConfigError("--op, --implementation, --impl and a second --dtype are for --check; add it")
         table = conformance.support(device, dtype[0] if dtype else "float32")
+        forced = _forced(table)
     except conformance.UnknownName as error:
         raise ConfigError(str(error)) from error
     if as_json:
-        typer.echo(json.dumps(table, indent=2))
+        marks = {op: {"forced": name} for op, name in forced.items()}
+        typer.echo(json.dumps({op: found | marks.get(op, {}) for op, found in table.items()}, indent=2))
     else:
-        _show_support(table)
+        _show_support(table, forced)
 
 
-def _show_support(table: dict[str, dict[str, str | None]]) -> None:
+def _forced(ops: Iterable[str]) -> dict[str, str]:
+    """{op: the implementation that LEANTUNE_IMPL forces}, without the ops that it leaves open."""
+    from leantune_kernels import dispatch
+
+    setting = os.environ.get("LEANTUNE_IMPL")
+    return {op: name for op in ops if (name := dispatch.forced(setting, op)) is not None}
+
+
+def _show_support(table: dict[str, dict[str, str | None]], forced: dict[str, str]) -> None:
     """Two lines an op, with numbers for the reasons, which repeat themselves."""
     from rich.console import Console
     from rich.padding import Padding
@@ -129,6 +147,8 @@ def _show_support(table: dict[str, dict[str, str | None]]) -> None:
                 reasons += [] if reason in reasons else [reason]
                 line.append(f"no ({reasons.index(reason) + 1})".ljust(11), "dim")
         console.print(line)
+        if op in forced:
+            console.print(Padding(Text(f"LEANTUNE_IMPL forces {forced[op]}", "yellow"), (0, 0, 0, 2)))
         console.print(Padding(Text(dispatch.Op(f"leantune_kernels.{op}").about, "dim"), (0, 0, 0, 2)))
     for number, reason in enumerate(reasons, 1):
         console.print(Text(f"({number}) {reason}"), highlight=False)

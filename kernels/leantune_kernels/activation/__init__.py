@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import as_rows, expect, expect_dims
+from leantune_kernels.checks import as_rows, changed, expect, expect_dims, expect_float
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -23,11 +23,13 @@ def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 
     float32, bfloat16 or float16, any strides; the result is alike. ValueError for another `approximate`.
     """
+    expect_float("x", x)
     return call(_Activation, x, gelu_name(approximate))
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU of `x` [...], differentiable. float32, bfloat16 or float16, any strides; the result is alike."""
+    expect_float("x", x)
     return call(_Activation, x, "silu")
 
 
@@ -40,7 +42,9 @@ def forward(x: torch.Tensor, activation: str, out: torch.Tensor | None = None) -
     expect_dims("x", x, "T", "I")
     if out is not None:
         expect("out", out, x.shape, x.dtype, x.device, written=True)
-    return OP.pick(x).forward(x, activation, out)
+    y = OP.pick(x).forward(x, activation, out)
+    changed(out)
+    return y
 
 
 def backward(dy: torch.Tensor, x: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,7 +57,9 @@ def backward(dy: torch.Tensor, x: torch.Tensor, activation: str, out: torch.Tens
     expect("dy", dy, x.shape, x.dtype, x.device)
     if out is not None:
         expect("out", out, x.shape, x.dtype, x.device, written=True)
-    return OP.pick(x).backward(dy, x, activation, out)
+    dx = OP.pick(x).backward(dy, x, activation, out)
+    changed(out)
+    return dx
 
 
 def check_activation(activation: str) -> None:

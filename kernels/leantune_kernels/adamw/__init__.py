@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from leantune_kernels.dispatch import Op
+from leantune_kernels.ranges import expect_number
 from leantune_kernels.tensor_list import ParameterTable, PerTensor, State
 
 OP = Op(__name__)
@@ -88,7 +89,7 @@ class AdamWTable(ParameterTable):
         seed: int = 0,
     ) -> None:
         """One update; see adamw_step."""
-        check_betas(beta1, beta2)
+        check_numbers(beta1, beta2, eps)
         self.run(
             grads,
             step=step,
@@ -102,8 +103,8 @@ class AdamWTable(ParameterTable):
         )
 
 
-def check_betas(beta1: float, beta2: float) -> None:
-    """ValueError that names the decay rate outside [0, 1)."""
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name}={beta} is outside [0, 1)")
+def check_numbers(beta1: float, beta2: float, eps: float) -> None:
+    """ValueError that names the decay rate outside [0, 1), or an eps that is negative."""
+    expect_number("beta1", beta1, 1.0)
+    expect_number("beta2", beta2, 1.0)
+    expect_number("eps", eps)

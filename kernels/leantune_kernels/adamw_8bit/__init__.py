@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from leantune_kernels.adamw import check_betas
+from leantune_kernels.adamw import check_numbers
 from leantune_kernels.adamw_8bit.code_book import BLOCK
 from leantune_kernels.dispatch import Op
 from leantune_kernels.tensor_list import ParameterTable, PerTensor, State
@@ -100,7 +100,7 @@ class AdamW8bitTable(ParameterTable):
         seed: int = 0,
     ) -> None:
         """One update; see adamw_8bit_step."""
-        check_betas(beta1, beta2)
+        check_numbers(beta1, beta2, eps)
         self.run(
             grads,
             step=step,

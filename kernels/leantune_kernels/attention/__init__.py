@@ -15,7 +15,7 @@ import itertools
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable, save
-from leantune_kernels.checks import can_read, expect, expect_dims
+from leantune_kernels.checks import can_read, expect, expect_dims, expect_rows
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -46,6 +46,7 @@ def attention(
     Raises ValueError for shapes that do not fit, a window below 1, and for a cu_seqlens that does not rise from 0
     to T; on a device other than cpu its values are not read.
     """
+    expect_rows("q", q, "D")
     return call(_Attention, q, k, v, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, causal, window)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable, save
-from leantune_kernels.checks import as_rows, expect, expect_dims
+from leantune_kernels.checks import as_rows, expect, expect_dims, expect_rows
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -48,6 +48,7 @@ def bottleneck(
     down [r, H], up [H, r], down_bias [r], up_bias [H]: float32, any strides. x: float32, bfloat16 or float16. Raises
     ValueError for what does not fit, and for r outside [1, 256].
     """
+    expect_rows("x", x)
     weights = Weights(down, up, down_bias, up_bias)
     _check(as_rows(x), weights, activation)
     return call(_Bottleneck, x, scale, activation, *weights)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import expect
+from leantune_kernels.checks import changed, expect, expect_float
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -26,6 +26,7 @@ def dropout(x: torch.Tensor, p: float, seed: int, offset: int) -> torch.Tensor:
     1), a seed outside [0, 2^64) or an offset outside [0, 2^63).
     """
     check(p, seed, offset)
+    expect_float("x", x)
     return x if p == 0 else call(_Dropout, x, p, seed, offset)
 
 
@@ -39,7 +40,9 @@ def forward(x: torch.Tensor, p: float, seed: int, offset: int, out: torch.Tensor
         expect("out", out, x.shape, x.dtype, x.device)
         if not out.is_contiguous():
             raise ValueError(f"out has strides {out.stride()} for shape {tuple(out.shape)}; it must be contiguous")
-    return OP.pick(x).forward(x, threshold(p), 1.0 / (1.0 - p), seed, offset, out)
+    y = OP.pick(x).forward(x, threshold(p), 1.0 / (1.0 - p), seed, offset, out)
+    changed(out)
+    return y
 
 
 def threshold(p: float) -> int:

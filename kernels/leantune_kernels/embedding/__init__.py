@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
+from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims, expect_float, expect_tensor
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -32,6 +32,8 @@ def embedding(
     gradient. The same bits on every run. Raises ValueError for the first id outside [0, V) on the cpu; on a device,
     which would have to be waited for, such a token's row is NaN and its gradient goes nowhere.
     """
+    expect_tensor("ids", ids)
+    expect_float("weight", weight)
     return call(_Embedding, weight, ids, scale, padding_idx, dtype or weight.dtype)
 
 

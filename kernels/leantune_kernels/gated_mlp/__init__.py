@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable, save
-from leantune_kernels.checks import as_rows, expect, expect_dims
+from leantune_kernels.checks import as_rows, changed, expect, expect_dims, expect_rows
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -46,9 +46,11 @@ def gated_mlp(
 ) -> torch.Tensor:
     """The gated MLP of `x` [..., H], differentiable in everything; the result has x's shape and dtype.
 
-    gate_weight and up_weight [I, H], down_weight [H, I], gate_bias and up_bias [I], down_bias [H]; any strides. Kept
-    for the backward pass are x, gate and up; h is computed again. Raises ValueError for what does not fit.
+    gate_weight and up_weight [I, H], down_weight [H, I], gate_bias and up_bias [I], down_bias [H]; any strides, all in
+    x's dtype: under torch.autocast, which does not reach in here, cast them. Kept for the backward pass are x, gate and
+    up; h is computed again. Raises ValueError for what does not fit.
     """
+    expect_rows("x", x)
     weights = Weights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     _check(as_rows(x), weights, activation)
     return call(_GatedMLP, x, activation, *weights)
@@ -79,7 +81,9 @@ def backward_(
     expect("dy", dy, x.shape, x.dtype, x.device)
     for name, value in (("gate", gate), ("up", up)):
         expect(name, value, (x.shape[0], weights.gate.shape[0]), x.dtype, x.device, written=True)
-    return OP.pick(x).backward_(dy, x, gate, up, weights, activation, needs)
+    gradients = OP.pick(x).backward_(dy, x, gate, up, weights, activation, needs)
+    changed(gate, up)
+    return gradients
 
 
 def _check(x: torch.Tensor, weights: Weights, activation: str) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.activation import check_activation, gelu_name
+from leantune_kernels.activation import as_rows, check_activation, gelu_name
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import as_rows, expect, expect_dims
+from leantune_kernels.checks import as_rows, changed, expect, expect_dims, expect_float, expect_tensor
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -46,7 +46,9 @@ def forward(
     expect("up", up, gate.shape, gate.dtype, gate.device)
     if out is not None:
         expect("out", out, gate.shape, gate.dtype, gate.device, written=True)
-    return OP.pick(gate).forward(gate, up, out, activation)
+    h = OP.pick(gate).forward(gate, up, out, activation)
+    changed(out)
+    return h
 
 
 def backward(
@@ -73,10 +75,13 @@ def backward_(
     for name, value in (("dh", dh), ("gate", gate), ("up", up)):
         expect(name, value, gate.shape, gate.dtype, gate.device, written=True)
     OP.pick(gate).backward_(dh, gate, up, activation)
+    changed(dh, gate, up)
     return dh, gate, up
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    expect_float("gate", gate)
+    expect_tensor("up", up)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"gate is {gate.dtype} {tuple(gate.shape)} and up is {up.dtype} {tuple(up.shape)}; "

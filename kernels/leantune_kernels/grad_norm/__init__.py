@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from leantune_kernels.checks import FLOATS
+from leantune_kernels.checks import FLOATS, changed
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -50,6 +50,7 @@ def clip_grad_norm_(grads: Iterable[torch.Tensor | None], max_norm: float) -> to
     implementation = OP.pick(given[0])
     norm = implementation.sum_of_squares(given).sqrt()
     implementation.scale(given, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
+    changed(*given)
     return norm
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import FLOATS, expect, expect_dims
+from leantune_kernels.checks import FLOATS, expect, expect_dims, expect_float, kind
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -83,10 +83,11 @@ def linear(
     `buffer` ([N, K]; a fresh one where None) for a dense product; layers may share the buffer. Raises ValueError for
     what does not fit.
     """
+    expect_float("x", x)
     _check(w)
     if x.shape[-1:] != w.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)} and w {w.shape}; they must be [..., K] and [N, K]")
-    expect("x", x, x.shape, x.dtype if x.dtype in FLOATS else torch.float32, w.codes.device)
+    expect("x", x, x.shape, x.dtype, w.codes.device)
     if bias is not None:
         expect("bias", bias, w.shape[:1], x.dtype, x.device)
     if buffer is not None:
@@ -103,6 +104,8 @@ def fused_linear(x: torch.Tensor, w: Int8Weight, bias: torch.Tensor | None, out:
 
 
 def _check(w: Int8Weight) -> None:
+    if not isinstance(w, Int8Weight):
+        raise TypeError(f"w is {kind(w)}; pass int8.quantise(weight)")
     expect_dims("w.codes", w.codes, "N", "K")
     expect("w.codes", w.codes, w.shape, torch.int8, w.codes.device)
     expect("w.scales", w.scales, w.shape[:1], torch.float32, w.codes.device)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable, save
-from leantune_kernels.checks import FLOATS, as_rows, expect, expect_dims
+from leantune_kernels.checks import FLOATS, as_rows, changed, expect, expect_dims, expect_rows, expect_tensor
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
+from leantune_kernels.ranges import expect_number
 from leantune_kernels.rms_norm import check_sum
 
 OP = Op(__name__, effects={"forward": Effects((4, 6), returns=True), "backward": Effects((6,), returns=True)})
@@ -25,6 +26,7 @@ def layer_norm(
     x and weight: float32, bfloat16 or float16, each its own, any strides; bias has weight's dtype. The result has x's
     dtype and shape; statistics and sums are fp32. Raises ValueError for a weight or bias that does not fit.
     """
+    expect_rows("x", x)
     return call(_LayerNorm, x, weight, bias, eps)
 
 
@@ -36,6 +38,8 @@ def add_layer_norm(
     Differentiable in all, through y and through s; dtypes as for layer_norm. Raises ValueError for a residual unlike x,
     or a weight or bias that does not fit.
     """
+    expect_rows("x", x)
+    expect_tensor("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; it must have x's, {tuple(x.shape)}")
     return call(_AddLayerNorm, x, residual, weight, bias, eps)
@@ -56,9 +60,12 @@ def forward(
     Raises ValueError for what does not fit x.
     """
     _check(x, weight, bias, out)
+    expect_number("eps", eps)
     if residual is not None or summed is not None:
         check_sum(x, residual, summed)
-    return OP.pick(x).forward(x, weight, bias, eps, out, residual, summed)
+    result = OP.pick(x).forward(x, weight, bias, eps, out, residual, summed)
+    changed(out, summed)
+    return result
 
 
 def backward(
@@ -83,11 +90,14 @@ def backward(
         expect(name, statistic, x.shape[:1], torch.float32, x.device)
     if residual is not None:
         expect("residual", residual, x.shape, x.dtype, x.device)
-    return OP.pick(x).backward(dy, x, weight, mean, rstd, residual, out, need_dweight, need_dbias)
+    result = OP.pick(x).backward(dy, x, weight, mean, rstd, residual, out, need_dweight, need_dbias)
+    changed(out)
+    return result
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> None:
     expect_dims("x", x, "T", "H")
+    expect_tensor("weight", weight)
     expect("weight", weight, x.shape[1:], weight.dtype if weight.dtype in FLOATS else x.dtype, x.device)
     if bias is not None:
         expect("bias", bias, x.shape[1:], weight.dtype, x.device)

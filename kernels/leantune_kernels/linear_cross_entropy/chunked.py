@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable, save
-from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims
+from leantune_kernels.checks import FLOATS, can_read, expect, expect_dims, expect_tensor
 from leantune_kernels.dispatch import Op
 from leantune_kernels.linear_cross_entropy.targets import Labels, SoftLabels
 
@@ -59,6 +59,8 @@ def loss(
 
 def check(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """ValueError that names the argument which does not fit."""
+    expect_tensor("hidden", hidden)
+    expect_tensor("weight", weight)
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be [N, H], use hidden.flatten(0, -2)")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from leantune_kernels.checks import FLOATS
+from leantune_kernels.checks import FLOATS, conversion, expect_tensor
 
 Teacher = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -23,6 +23,7 @@ class Labels:
     z_loss: float
 
     def __post_init__(self) -> None:
+        expect_tensor("targets", self.targets)
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={self.label_smoothing} is outside [0, 1]")
 
@@ -56,6 +57,8 @@ class SoftLabels:
     temperature: float
 
     def __post_init__(self) -> None:
+        if self.targets is not None:
+            expect_tensor("targets", self.targets)
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]; it is the weight of the teacher's part")
         if not 0.0 < self.temperature < float("inf"):
@@ -117,7 +120,7 @@ def check_labels(targets: torch.Tensor, ignore_index: int, hidden: torch.Tensor,
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"targets is {targets.dtype} of shape {tuple(targets.shape)}; hidden {tuple(hidden.shape)} "
-            f"needs torch.int64 of shape [{hidden.shape[0]}]"
+            f"needs torch.int64 of shape [{hidden.shape[0]}]{conversion('targets', targets, torch.int64)}"
         )
     wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
     if bool(wrong.any()):

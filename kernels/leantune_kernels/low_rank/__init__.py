@@ -14,7 +14,7 @@ import torch
 
 from leantune_kernels import dropout as _dropout
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import expect, expect_dims
+from leantune_kernels.checks import changed, expect, expect_dims, expect_rows, expect_tensor
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -67,7 +67,8 @@ def lora_linear(
 ) -> torch.Tensor:
     """x W^T + bias + scale * (d(x) A^T) B^T for `x` [..., K], differentiable in x, weight, bias, A and B.
 
-    weight [N, K] and bias [N] have x's dtype; A [r, K] and B [N, r] are float32. d is dropout with probability
+    weight [N, K] and bias [N] have x's dtype (under torch.autocast, which does not reach in here, cast them); A [r, K]
+    and B [N, r] are float32. d is dropout with probability
     `dropout_p`; its mask is leantune_kernels.dropout's for (seed, offset), made again in the backward pass. Raises
     ValueError for what does not fit.
     """
@@ -114,6 +115,7 @@ def merge(
         out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     expect("out", out, weight.shape, torch.float32, weight.device, written=True)
     OP.pick(weight).merge(weight, A, B, scale, out)
+    changed(out)
     return out
 
 
@@ -174,6 +176,7 @@ def add_(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, sca
     _check_factors(A, B, y.shape[-1], x.shape[1], x.device)
     expect("y", y, (x.shape[0], B.shape[0]), x.dtype, x.device, written=True)
     OP.pick(x).add_(y, x, A.t(), B.t(), scale)
+    changed(y)
     return y
 
 
@@ -183,11 +186,13 @@ def input_gradient_(dx: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torc
     _check_factors(A, B, dy.shape[1], dx.shape[-1], dy.device)
     expect("dx", dx, (dy.shape[0], A.shape[1]), dy.dtype, dy.device, written=True)
     OP.pick(dy).add_(dx, dy, B, A, scale)
+    changed(dx)
     return dx
 
 
 def _check_layer(layer: LoRALayer, x: torch.Tensor) -> None:
     weight, bias, A, B, _ = layer
+    expect_rows("x", x, "K")
     expect_dims("weight", weight, "N", "K")
     _check_factors(A, B, weight.shape[0], x.shape[-1], x.device)
     expect("weight", weight, (weight.shape[0], x.shape[-1]), x.dtype, x.device)
@@ -196,6 +201,8 @@ def _check_layer(layer: LoRALayer, x: torch.Tensor) -> None:
 
 
 def _check_factors(A: torch.Tensor, B: torch.Tensor, outputs: int, inputs: int, device: torch.device) -> None:
+    expect_tensor("A", A)
+    expect_tensor("B", B)
     if A.dim() != 2 or A.shape[1] != inputs or B.shape != (outputs, A.shape[0]):
         raise ValueError(
             f"A and B have shapes {tuple(A.shape)} and {tuple(B.shape)}; a layer of {inputs} inputs and "

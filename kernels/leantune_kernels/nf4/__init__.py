@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable
-from leantune_kernels.checks import FLOATS, expect, expect_dims
+from leantune_kernels.checks import FLOATS, expect, expect_dims, expect_float, kind
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 from leantune_kernels.nf4.reference import BLOCK, GROUP
@@ -117,10 +117,11 @@ def linear(
     dequantised to x's dtype into `buffer` ([N, K], contiguous; a fresh one where None) for a dense product; layers may
     share the buffer. Raises ValueError for what does not fit.
     """
+    expect_float("x", x)
     _check(w)
     if len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)} and w {w.shape}; they must be [..., K] and [N, K]")
-    expect("x", x, x.shape, x.dtype if x.dtype in FLOATS else torch.float32, w.codes.device)
+    expect("x", x, x.shape, x.dtype, w.codes.device)
     if bias is not None:
         expect("bias", bias, w.shape[:1], x.dtype, x.device)
     if buffer is not None:
@@ -140,6 +141,8 @@ def fused_linear(x: torch.Tensor, w: NF4Weight, bias: torch.Tensor | None, out: 
 
 def _check(w: NF4Weight) -> None:
     """The kernels take w's sizes from its shape, so its tensors must hold as much."""
+    if not isinstance(w, NF4Weight):
+        raise TypeError(f"w is {kind(w)}; pass nf4.quantise(weight)")
     blocks = -(-w.numel // BLOCK)
     device = w.codes.device
     expect("w.codes", w.codes, (-(-w.numel // 2),), torch.uint8, device)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable, save
-from leantune_kernels.checks import FLOATS, as_rows, expect, expect_dims
+from leantune_kernels.checks import FLOATS, as_rows, changed, expect, expect_dims, expect_rows, expect_tensor
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
+from leantune_kernels.ranges import expect_number
 
 OP = Op(__name__, effects={"forward": Effects((3, 5), returns=True), "backward": Effects((5,), returns=True)})
 
@@ -21,6 +22,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     x and weight: float32, bfloat16 or float16, each its own, any strides; the result has x's dtype and shape.
     Statistics and sums are fp32. Raises ValueError for a weight that does not fit.
     """
+    expect_rows("x", x)
     return call(_RMSNorm, x, weight, eps)
 
 
@@ -32,6 +34,8 @@ def add_rms_norm(
     Differentiable in all three, through y and through s; dtypes as for rms_norm. Raises ValueError for a residual
     unlike x, or a weight that does not fit.
     """
+    expect_rows("x", x)
+    expect_tensor("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; it must have x's, {tuple(x.shape)}")
     return call(_AddRMSNorm, x, residual, weight, eps)
@@ -51,9 +55,12 @@ def forward(
     Raises ValueError for what does not fit x.
     """
     _check(x, weight, out)
+    expect_number("eps", eps)
     if residual is not None or summed is not None:
         check_sum(x, residual, summed)
-    return OP.pick(x).forward(x, weight, eps, out, residual, summed)
+    result = OP.pick(x).forward(x, weight, eps, out, residual, summed)
+    changed(out, summed)
+    return result
 
 
 def backward(
@@ -75,7 +82,9 @@ def backward(
     expect("rstd", rstd, x.shape[:1], torch.float32, x.device)
     if residual is not None:
         expect("residual", residual, x.shape, x.dtype, x.device)
-    return OP.pick(x).backward(dy, x, weight, rstd, residual, out, need_dweight)
+    result = OP.pick(x).backward(dy, x, weight, rstd, residual, out, need_dweight)
+    changed(out)
+    return result
 
 
 def check_sum(x: torch.Tensor, residual: torch.Tensor | None, summed: torch.Tensor | None) -> None:
@@ -89,6 +98,7 @@ def check_sum(x: torch.Tensor, residual: torch.Tensor | None, summed: torch.Tens
 
 def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> None:
     expect_dims("x", x, "T", "H")
+    expect_tensor("weight", weight)
     expect("weight", weight, x.shape[1:], weight.dtype if weight.dtype in FLOATS else x.dtype, x.device)
     if out is not None:
         expect("out", out, x.shape, x.dtype, x.device, written=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from leantune_kernels.dispatch import Op
+from leantune_kernels.ranges import expect_number
 from leantune_kernels.tensor_list import ParameterTable, PerTensor, State
 
 OP = Op(__name__)
@@ -85,10 +86,9 @@ class RMSpropTable(ParameterTable):
         seed: int = 0,
     ) -> None:
         """One update; see rmsprop_step."""
-        if not 0.0 <= alpha < 1.0:
-            raise ValueError(f"alpha={alpha} is outside [0, 1)")
-        if momentum < 0:
-            raise ValueError(f"momentum={momentum} must be 0 or more")
+        expect_number("alpha", alpha, 1.0)
+        expect_number("eps", eps)
+        expect_number("momentum", momentum)
         if (momentum > 0) != (self.states[1] is not None):
             raise ValueError(f"momentum={momentum}: momentum_buffers are for momentum above 0, which needs them")
         self.run(

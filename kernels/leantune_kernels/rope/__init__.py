@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels.autograd import call, once_differentiable, save
-from leantune_kernels.checks import can_read, expect
+from leantune_kernels.checks import can_read, changed, expect, expect_float, expect_tensor
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
 
@@ -26,6 +26,7 @@ def rope(
     Raises ValueError for shapes that do not fit and, on the cpu, for positions outside [0, P); on a device, which
     would have to be waited for, such a token's rotated columns become NaN.
     """
+    expect_float("x", x)
     return call(_Rope, cos, sin, positions, interleaved, x)[0]
 
 
@@ -38,6 +39,8 @@ def rope_qk(
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rope` of `q` [T, Hq, D] and `k` [T, Hk, D], each of its own strides, in one launch forward and one backward."""
+    for name, heads in (("q", q), ("k", k)):
+        expect_float(name, heads)
     rotated_q, rotated_k = call(_Rope, cos, sin, positions, interleaved, q, k)
     return rotated_q, rotated_k
 
@@ -58,6 +61,7 @@ def apply_(
     """
     _check(x, k, cos, sin, positions)
     OP.pick(x).apply_(x, k, cos, sin, positions, inverse, interleaved)
+    changed(x, k)
     return x
 
 
@@ -72,6 +76,8 @@ def _check(
             )
     if k is not None:
         expect("k", k, (x.shape[0], k.shape[1], x.shape[2]), x.dtype, x.device)
+    for name, value in (("cos", cos), ("sin", sin), ("positions", positions)):
+        expect_tensor(name, value)
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[2]:
         raise ValueError(
             f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; both must be "

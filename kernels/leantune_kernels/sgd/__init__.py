@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from leantune_kernels.dispatch import Op
+from leantune_kernels.ranges import expect_number
 from leantune_kernels.tensor_list import ParameterTable, PerTensor, State
 
 OP = Op(__name__)
@@ -78,8 +79,7 @@ class SGDTable(ParameterTable):
         seed: int = 0,
     ) -> None:
         """One update; see sgd_step."""
-        if momentum < 0:
-            raise ValueError(f"momentum={momentum} must be 0 or more")
+        expect_number("momentum", momentum)
         if momentum > 0 and self.states[0] is None:
             raise ValueError(f"momentum={momentum} needs momentum_buffers, one for each parameter")
         if nesterov and (momentum == 0 or dampening != 0):
