@@ -62,7 +62,7 @@ __device__ inline float scale_of(const float *row_scale, float scale, int64_t ro
     return !known ? not_a_number() : row_scale ? scale * row_scale[row] : scale;
 }
 
-// budget: 64 registers, 128 bytes shared
+// budget: 64 registers, 128 bytes shared, all dynamic
 // claims: LDG.128 STG.128
 template <int N>
 __global__ void __launch_bounds__(kThreads)
@@ -145,7 +145,7 @@ struct PairSums {
     }
 };
 
-// budget: 96 registers, 64 bytes shared
+// budget: 96 registers, 64 bytes shared, all dynamic
 // claims: LDG.128 STG.128
 template <class Z, int N>
 __global__ void __launch_bounds__(kPairThreads)

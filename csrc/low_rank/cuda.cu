@@ -15,7 +15,7 @@ constexpr int64_t kMaxGrid = 0x7fffffff;
 
 // ---- y = base + bias + sum over the parts of (x w + scale * s q)
 
-// budget: 168 registers, 16 bytes shared
+// budget: 168 registers, 16 bytes shared, 72 KiB dynamic
 // claims: HMMA LDSM LDGSTS LDG.E.128 STG.E.128
 template <class T, bool K_INNER>
 __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 2 ? 2 : 1)
@@ -107,7 +107,7 @@ template <class T, bool K_INNER> struct Projection {
     static constexpr int kStageBytes = X::kBytes + P::kBytes;
 };
 
-// budget: 168 registers, 16 bytes shared
+// budget: 168 registers, 16 bytes shared, 45 KiB dynamic
 // claims: HMMA LDSM LDGSTS
 template <class T, bool K_INNER>
 __global__ void __launch_bounds__(kSkinnyThreads, 3)
@@ -178,7 +178,7 @@ template <class T> struct Gradient {
 
 // partials [chunk, rank, cols] = c^T x over the chunk's rows; c [rows, rank], x [rows, cols]. Where asked for, also the
 // sums over the chunk's rows of x (x_sums [chunk, cols]) and of c (c_sums [chunk, rank]).
-// budget: 168 registers, 16 bytes shared
+// budget: 168 registers, 16 bytes shared, 51 KiB dynamic
 // claims: HMMA LDSM LDGSTS STG.E.128
 template <class T>
 __global__ void __launch_bounds__(kSkinnyThreads, 3)

@@ -18,7 +18,7 @@ from leantune_kernels import cpu
 from leantune_kernels.checks import rows
 from leantune_kernels.cpu import DTYPE_CODES, address
 
-__all__ = ["DTYPE_CODES", "address", "lib", "library", "refuses", "rows", "stream", "use_library"]
+__all__ = ["DTYPE_CODES", "address", "lacks_shared", "lib", "library", "refuses", "rows", "stream", "use_library"]
 
 lib = cpu.lib.cuda
 
@@ -60,6 +60,20 @@ def refuses(x: torch.Tensor) -> str | None:
         if capability < OLDEST:
             return "compute capability is {}.{}, the kernels need {}.{} or newer".format(*capability, *OLDEST)
     return None
+
+
+def lacks_shared(x: torch.Tensor, needed: int) -> str | None:
+    """The reason why a kernel whose blocks use so many bytes of shared memory cannot run on x's device, None if it can.
+
+    By compute capability, as CUDA's programming guide has it: 99 KiB on 8.6, 8.9 and 12.x, 163 KiB or more on others.
+    """
+    if x.device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(x.device)
+    most = (99 if major == 12 or (major, minor) in ((8, 6), (8, 9)) else 163) << 10
+    if needed <= most:
+        return None
+    return f"a block needs {needed} bytes of shared memory, compute capability {major}.{minor} has {most}"
 
 
 @contextmanager

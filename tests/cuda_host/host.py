@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import leantune_kernels
+from cuda_host.budgets import KERNELS
 from cuda_host.build import build
 from leantune_kernels import cuda, testing
 from leantune_kernels.dispatch import Op
@@ -32,15 +33,20 @@ def cuda_ops() -> list[str]:
 def kernels(flavour: str) -> Iterator[ctypes.CDLL]:
     """Every op runs its CUDA kernels, on the memory of the cpu, inside the block. Yields the library.
 
-    PyTorch keeps to one thread meanwhile: the tensors are small.
+    PyTorch keeps to one thread meanwhile: the tensors are small. A launch that asks for more dynamic shared memory than
+    its kernel's budget fails.
     """
     path = library(flavour)
+    emulator = ctypes.CDLL(str(path))
+    for kernel in KERNELS:
+        if kernel.dynamic is not None:
+            emulator.lt_host_dynamic_budget(kernel.name.encode(), ctypes.c_size_t(kernel.dynamic))
     opened, forced, threads = cuda.library(), os.environ.get("LEANTUNE_IMPL"), torch.get_num_threads()
     cuda.use_library(path, device="cpu")
     os.environ["LEANTUNE_IMPL"] = "cuda"
     torch.set_num_threads(1)
     try:
-        yield ctypes.CDLL(str(path))
+        yield emulator
     finally:
         torch.set_num_threads(threads)
         if opened is not None:

@@ -3,7 +3,7 @@
     // budget: 64 registers, 4 KiB shared     at most, on each architecture; and nothing on the stack (no spills)
     // claims: LDG.128 HMMA                   opcodes found in the machine code of some instantiation, by their parts
 
-Dynamic shared memory is not in the machine code; the emulator checks it at each launch.
+How they are read, and who checks dynamic shared memory: tests/cuda_host/budgets.py.
 """
 
 import os
@@ -12,45 +12,16 @@ import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from cuda_host.budgets import BUDGET, KERNELS
+from cuda_host.build import CSRC
 from leantune_kernels import cuda
 
-CSRC = Path(__file__).parent.parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 RESERVED_SHARED = {"sm_80": 0, "sm_90": 1024, "sm_100": 1024}  # of each block, by the driver
-
-
-@dataclass(frozen=True)
-class Kernel:
-    name: str
-    budget: str  # empty where there is none
-    claims: tuple[str, ...]
-
-    @property
-    def registers(self) -> int:
-        return int(re.fullmatch(r"(\d+) registers, .*", self.budget)[1])
-
-    @property
-    def shared(self) -> int:
-        size, unit = re.fullmatch(r".*, ([\d.]+) ?(KiB|bytes|) shared", self.budget).groups()
-        return int(float(size) * (1024 if unit == "KiB" else 1))
-
-
-def kernels_of(source: str) -> Iterator[Kernel]:
-    """Each __global__ function, with the comments between it and what stands before."""
-    for found in re.finditer(r"__global__", source):
-        before = re.split(r"[;}]\s*\n", source[: found.start()])[-1]
-        budget = re.search(r"// budget: (.*\S)", before)
-        claims = re.search(r"// claims: (.*\S)", before)
-        name = re.search(r"(\w+) ?\(", re.sub(r"__launch_bounds__\([^)]*\)", "", source[found.end() :]))[1]
-        yield Kernel(name, budget[1] if budget else "", tuple(claims[1].split()) if claims else ())
-
-
-KERNELS = [kernel for path in sorted(CSRC.glob("*/cuda.cu")) for kernel in kernels_of(path.read_text())]
 
 
 def cuobjdump() -> str | None:
@@ -128,9 +99,7 @@ def test_kernels_are_named_once_and_have_a_budget():
     assert names and len(names) == len(set(names))
     for kernel in KERNELS:
         assert kernel.name.endswith("_kernel"), kernel
-        assert re.fullmatch(r"\d+ registers, [\d.]+ ?(KiB|bytes|) shared", kernel.budget), (
-            f"{kernel.name} needs a comment '// budget: 64 registers, 4 KiB shared' above it, not {kernel.budget!r}"
-        )
+        assert BUDGET.fullmatch(kernel.budget), f"{kernel.name}: {kernel.budget!r} is no budget"
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,19 @@ def test_a_grid_beyond_the_limits_is_refused(plain):
     assert plain.planted_grid_too_large(1, address(X), address(X)) == INVALID_CONFIGURATION
 
 
+def test_a_launch_beyond_its_budget_of_dynamic_memory_fails(plain):
+    budget = plain.lt_host_dynamic_budget
+    dynamic = "read_before_dynamic_memory"
+    assert run(plain, dynamic, False)[1] == ""
+    try:
+        budget(f"{dynamic}_kernel".encode(), ctypes.c_size_t(1))
+        words = rf"kernel {dynamic}_kernel: the launch asks for \d+ bytes of dynamic shared memory; its budget is 1"
+        assert re.fullmatch(words, run(plain, dynamic, False)[1])
+    finally:
+        budget(f"{dynamic}_kernel".encode(), ctypes.c_size_t(1 << 20))
+    assert run(plain, dynamic, False)[1] == ""
+
+
 def test_a_wrong_order_is_refused(plain):
     assert plain.lt_host_order(b"sideways") == -1
 

@@ -17,9 +17,30 @@ CARD = torch.device("cuda", 1)
 HAS_TRITON = find_spec("triton") is not None
 
 
-def on_a_card(dtype=torch.bfloat16):
-    """What `refuses` sees of a tensor on a second card."""
-    return SimpleNamespace(device=CARD, dtype=dtype, shape=(4, 2, 64))
+class Card:
+    """What `refuses` sees of a tensor [4, 2, head_dim] on a second card."""
+
+    device = CARD
+
+    def __init__(self, dtype=torch.bfloat16, head_dim=64):
+        self.dtype, self.shape = dtype, (4, 2, head_dim)
+
+    def element_size(self):
+        return self.dtype.itemsize
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Makes PyTorch report a card of this compute capability; returns the devices it was asked about."""
+
+    def present(capability):
+        asked = []
+        monkeypatch.setattr(cuda, "library", lambda: "built")
+        monkeypatch.setattr(cuda, "_device", "cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+        return asked
+
+    return present
 
 
 @pytest.mark.parametrize(
@@ -31,14 +52,30 @@ def on_a_card(dtype=torch.bfloat16):
         ((12, 0), None),
     ],
 )
-def test_the_cuda_kernels_refuse_a_card_that_they_have_no_code_for(capability, reason, monkeypatch):
-    asked = []
-    monkeypatch.setattr(cuda, "library", lambda: "built")
-    monkeypatch.setattr(cuda, "_device", "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+def test_the_cuda_kernels_refuse_a_card_that_they_have_no_code_for(capability, reason, card):
+    asked = card(capability)
     for op in leantune_kernels.ops():
-        assert Op(f"leantune_kernels.{op}").refusal("cuda", on_a_card()) == reason
+        assert Op(f"leantune_kernels.{op}").refusal("cuda", Card()) == reason
     assert set(asked) == {CARD}
+
+
+@pytest.mark.parametrize(
+    ("op", "x", "needed"),
+    [
+        ("attention", Card(torch.bfloat16, 128), None),
+        ("attention", Card(torch.bfloat16, 129), 135168),
+        ("attention", Card(torch.float32, 64), None),
+        ("attention", Card(torch.float32, 72), 101632),
+        ("bottleneck", Card(torch.bfloat16), None),
+        ("bottleneck", Card(torch.float32), 106496),
+    ],
+)
+def test_the_cuda_kernels_refuse_what_a_card_has_too_little_shared_memory_for(op, x, needed, card):
+    card((8, 9))
+    expected = needed and f"a block needs {needed} bytes of shared memory, compute capability 8.9 has 101376"
+    assert Op(f"leantune_kernels.{op}").refusal("cuda", x) == expected
+    card((8, 0))
+    assert Op(f"leantune_kernels.{op}").refusal("cuda", x) is None
 
 
 def test_a_head_too_wide_for_the_cuda_kernel_goes_to_the_next_implementation(monkeypatch, caplog):

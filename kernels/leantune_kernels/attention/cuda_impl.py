@@ -11,12 +11,17 @@ __all__ = ["backward", "forward", "refuses"]
 
 MOST_DIM = 256
 
+# Bytes that the hungriest of the three kernels needs, by the head_dim that it is compiled for and an element's bytes.
+SHARED = {(64, 4): 52480, (64, 2): 46080, (128, 4): 101632, (128, 2): 70144, (256, 4): 133376, (256, 2): 135168}
+
 
 def refuses(x: torch.Tensor) -> str | None:
     """The reason why the kernels cannot take `x` [T, heads, head_dim], None if they can."""
-    if x.shape[-1] > MOST_DIM:
-        return f"head_dim={x.shape[-1]} exceeds {MOST_DIM}"
-    return cuda.refuses(x)
+    dim = x.shape[-1]
+    if dim > MOST_DIM:
+        return f"head_dim={dim} exceeds {MOST_DIM}"
+    compiled = next(most for most in (64, 128, 256) if dim <= most)
+    return cuda.refuses(x) or cuda.lacks_shared(x, SHARED[compiled, x.element_size()])
 
 
 def _view(x: torch.Tensor) -> tuple[int, int, int]:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from leantune_kernels import cuda
 from leantune_kernels.bottleneck import ACTIVATIONS
-from leantune_kernels.cuda import DTYPE_CODES, address, lib, refuses, rows, stream
+from leantune_kernels.cuda import DTYPE_CODES, address, lib, rows, stream
 from leantune_kernels.low_rank.device import chunk_rows
 
 __all__ = ["backward", "forward", "refuses"]
+
+SHARED = {4: 106496, 2: 92160}  # bytes that the backward kernel needs, by an element's
+
+
+def refuses(x: torch.Tensor) -> str | None:
+    """The reason why the kernels cannot take `x`, None if they can."""
+    return cuda.refuses(x) or cuda.lacks_shared(x, SHARED[x.element_size()])
 
 
 def forward(x, weights, scale, activation, out):  # type: ignore[no-untyped-def]

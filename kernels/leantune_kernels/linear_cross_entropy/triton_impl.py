@@ -89,11 +89,47 @@ def _weighted_gap(e, x, z, inverse):
 
 
 @triton.jit
-def _mixed_gradient(x, z, column, x_max, z_max, inverse, hard, soft, teacher, target, at_target, HARD: tl.constexpr):
+def _pair_sums(x, z, inverse):
+    """(max x, max z, sums of exp(x), exp(x / T), exp(z / T) and the weighted gaps), all relative to the maxima."""
+    x_max, z_max = tl.maximum(tl.max(x, axis=0), LOWEST), tl.maximum(tl.max(z, axis=0), LOWEST)
+    hard = tl.sum(tl.exp(x - x_max), axis=0)
+    soft = tl.sum(tl.exp((x - x_max) * inverse), axis=0)
+    e = tl.exp((z - z_max) * inverse)
+    return x_max, z_max, hard, soft, tl.sum(e, axis=0), _weighted_gap(e, x, z, inverse)
+
+
+@triton.jit
+def _pair_sums_in_blocks(row_ptr, z_ptr, cols, inverse, BLOCK: tl.constexpr):
+    """_pair_sums of rows that are longer than a block."""
+    x_max = tl.full((), LOWEST, tl.float32)
+    z_max = tl.full((), LOWEST, tl.float32)
+    hard = tl.zeros((), tl.float32)
+    soft = tl.zeros((), tl.float32)
+    teacher = tl.zeros((), tl.float32)
+    gap = tl.zeros((), tl.float32)
+    for begin in range(0, cols, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        x, z = _load(row_ptr, column, cols), _load(z_ptr, column, cols)
+        x_now = tl.maximum(x_max, tl.max(x, axis=0))
+        z_now = tl.maximum(z_max, tl.max(z, axis=0))
+        hard = hard * tl.exp(x_max - x_now) + tl.sum(tl.exp(x - x_now), axis=0)
+        soft = soft * tl.exp((x_max - x_now) * inverse) + tl.sum(tl.exp((x - x_now) * inverse), axis=0)
+        e = tl.exp((z - z_now) * inverse)
+        shrink = tl.exp((z_max - z_now) * inverse)
+        teacher = teacher * shrink + tl.sum(e, axis=0)
+        gap = gap * shrink + _weighted_gap(e, x, z, inverse)
+        x_max, z_max = x_now, z_now
+    return x_max, z_max, hard, soft, teacher, gap
+
+
+@triton.jit
+def _store_mixed_gradient(
+    row_ptr, x, z, column, cols, x_max, z_max, inverse, hard, soft, teacher, target, at_target, HARD: tl.constexpr
+):
     g = tl.exp((x - x_max) * inverse) * soft - tl.exp((z - z_max) * inverse) * teacher
     if HARD:
         g += tl.exp(x - x_max) * hard - tl.where(column == target, at_target, 0.0)
-    return g
+    tl.store(row_ptr + column, g, mask=column < cols)
 
 
 @triton.jit(do_not_specialize=["scale", "alpha", "temperature"])
@@ -114,30 +150,9 @@ def _distillation_kernel(
     column = tl.arange(0, BLOCK)
     if WHOLE:
         x, z = _load(row_ptr, column, cols), _load(z_ptr, column, cols)
-        x_max, z_max = tl.maximum(tl.max(x, axis=0), LOWEST), tl.maximum(tl.max(z, axis=0), LOWEST)
-        hard_sum = tl.sum(tl.exp(x - x_max), axis=0)
-        soft_sum = tl.sum(tl.exp((x - x_max) * inverse), axis=0)
-        e = tl.exp((z - z_max) * inverse)
-        teacher_sum = tl.sum(e, axis=0)
-        gap = _weighted_gap(e, x, z, inverse)
+        x_max, z_max, hard_sum, soft_sum, teacher_sum, gap = _pair_sums(x, z, inverse)
     else:
-        x_max = tl.full((), LOWEST, tl.float32)
-        z_max = tl.full((), LOWEST, tl.float32)
-        hard_sum = tl.zeros((), tl.float32)
-        soft_sum = tl.zeros((), tl.float32)
-        teacher_sum = tl.zeros((), tl.float32)
-        gap = tl.zeros((), tl.float32)
-        for begin in range(0, cols, BLOCK):
-            x, z = _load(row_ptr, begin + column, cols), _load(z_ptr, begin + column, cols)
-            x_now = tl.maximum(x_max, tl.max(x, axis=0))
-            z_now = tl.maximum(z_max, tl.max(z, axis=0))
-            hard_sum = hard_sum * tl.exp(x_max - x_now) + tl.sum(tl.exp(x - x_now), axis=0)
-            soft_sum = soft_sum * tl.exp((x_max - x_now) * inverse) + tl.sum(tl.exp((x - x_now) * inverse), axis=0)
-            e = tl.exp((z - z_now) * inverse)
-            shrink = tl.exp((z_max - z_now) * inverse)
-            teacher_sum = teacher_sum * shrink + tl.sum(e, axis=0)
-            gap = gap * shrink + _weighted_gap(e, x, z, inverse)
-            x_max, z_max = x_now, z_now
+        x_max, z_max, hard_sum, soft_sum, teacher_sum, gap = _pair_sums_in_blocks(row_ptr, z_ptr, cols, inverse, BLOCK)
     divergence = gap / teacher_sum + (x_max - z_max) * inverse + tl.log(soft_sum) - tl.log(teacher_sum)
     loss = alpha * temperature * temperature * divergence
     if HARD:
@@ -147,21 +162,19 @@ def _distillation_kernel(
         mine = scale
         if HAS_ROW_SCALE:
             mine = scale * tl.load(row_scale_ptr + row)
-        soft = mine * alpha * temperature
-        at_target = mine * (1 - alpha)
-        of_hard, of_soft, of_teacher = at_target / hard_sum, soft / soft_sum, soft / teacher_sum
+        at_target, soft = mine * (1 - alpha), mine * alpha * temperature
+        hard, soft, teacher = at_target / hard_sum, soft / soft_sum, soft / teacher_sum
         if WHOLE:
-            g = _mixed_gradient(
-                x, z, column, x_max, z_max, inverse, of_hard, of_soft, of_teacher, target, at_target, HARD
-            )  # fmt: skip
-            tl.store(row_ptr + column, g, mask=column < cols)
+            _store_mixed_gradient(
+                row_ptr, x, z, column, cols, x_max, z_max, inverse, hard, soft, teacher, target, at_target, HARD
+            )
         else:
             for begin in range(0, cols, BLOCK):
-                x, z = _load(row_ptr, begin + column, cols), _load(z_ptr, begin + column, cols)
-                g = _mixed_gradient(
-                    x, z, begin + column, x_max, z_max, inverse, of_hard, of_soft, of_teacher, target, at_target, HARD
-                )  # fmt: skip
-                tl.store(row_ptr + begin + column, g, mask=begin + column < cols)
+                at = begin + column
+                x, z = _load(row_ptr, at, cols), _load(z_ptr, at, cols)
+                _store_mixed_gradient(
+                    row_ptr, x, z, at, cols, x_max, z_max, inverse, hard, soft, teacher, target, at_target, HARD
+                )
 
 
 @on_device

@@ -6,7 +6,9 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
+#include <string>
 
 #include "cuda_runtime.h"
 
@@ -356,6 +358,8 @@ static void prepare() {
     }
 }
 
+static std::map<std::string, size_t> dynamic_budgets; // bytes, by kernel
+
 static bool last_block_alone; // of a launch: what lies at its far end is looked at without running all before it
 
 int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void (*body)(const void *),
@@ -368,6 +372,13 @@ int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void 
     if (!threads || threads > kMaxThreads || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 ||
         grid.z > 65535 || dynamic_bytes > kMaxShared)
         return cudaErrorInvalidConfiguration;
+    const auto budget = dynamic_budgets.find(kernel_name(kernel));
+    if (budget != dynamic_budgets.end() && dynamic_bytes > budget->second) {
+        snprintf(words, sizeof words,
+                 "kernel %s: the launch asks for %zu bytes of dynamic shared memory; its budget is %zu",
+                 kernel_name(kernel), dynamic_bytes, budget->second);
+        return cudaErrorLaunchFailure;
+    }
     failed = false;
     block.size = (int)threads;
     block.body = body;
@@ -401,6 +412,11 @@ int launch(const void *kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void 
 // Returns 0, or -1 for a text that is not "forward", "reverse" or "random:SEED".
 extern "C" __attribute__((visibility("default"))) int lt_host_order(const char *text) {
     return lt_host::set_order(text) ? 0 : -1;
+}
+
+// Launches of `kernel` that ask for more bytes of dynamic shared memory fail from now on.
+extern "C" __attribute__((visibility("default"))) void lt_host_dynamic_budget(const char *kernel, size_t bytes) {
+    lt_host::dynamic_budgets[kernel] = bytes;
 }
 
 // Whether launches run their last block alone.
