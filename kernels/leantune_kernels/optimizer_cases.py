@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+# Times plain's error. A bfloat16 parameter without a master is rounded stochastically, which errs by up to one unit in
+# the last place; plain rounds it to nearest, which errs by up to half a unit.
+FACTOR = {torch.bfloat16: 2.0}
+
 # Rank 16 on every linear layer of SmolLM2-135M: A [16, inputs] and B [outputs, 16] of q, k, v, o, gate, up, down.
 _LAYER = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 SIZES = {

@@ -31,7 +31,7 @@ def main(flavour: str, *ops: str) -> None:
                 if flavour == "traced":
                     library.lt_host_traffic_reset()
                 began = time.perf_counter()
-                testing.accept(case, dtype, module.function, module.plain, getattr(module, "FACTOR", 1.5))
+                testing.accept(case, dtype, module.function, module.plain, testing.factor_of(module, dtype))
                 print(f"ok, {time.perf_counter() - began:.3f} s")
                 if flavour == "traced":
                     for kernel, traffic in host.read_traffic(library).items():

@@ -52,7 +52,7 @@ def all_cases():
 @pytest.mark.parametrize(("module", "case", "dtype"), all_cases())
 def test_on_a_device(module, case, dtype, name, monkeypatch):
     monkeypatch.setenv("LEANTUNE_IMPL", name)
-    testing.accept(case, dtype, module.function, module.plain, getattr(module, "FACTOR", 1.5), device="cuda")
+    testing.accept(case, dtype, module.function, module.plain, testing.factor_of(module, dtype), device="cuda")
 
 
 @on_device

@@ -63,7 +63,7 @@ def traced() -> Iterator:
 @pytest.mark.parametrize(("module", "case"), all_cases())
 def test_results_do_not_depend_on_the_order_of_threads(module, case, plain):
     for dtype in dtypes_of(module):
-        testing.accept(case, dtype, module.function, module.plain, getattr(module, "FACTOR", 1.5))
+        testing.accept(case, dtype, module.function, module.plain, testing.factor_of(module, dtype))
         inputs = case.make(torch.Generator().manual_seed(0), dtype)
         results = []
         for order in ORDERS:

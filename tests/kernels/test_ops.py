@@ -50,7 +50,7 @@ def test_error_is_within_plain_pytorchs_own(module, op, case, dtype, implementat
     """In memory that holds NaN wherever nobody has written, so that an element left out of an output shows."""
     skip_unless_written(op, implementation)
     with uninitialised_is_nan():
-        testing.accept(case, dtype, module.function, module.plain, getattr(module, "FACTOR", 1.5))
+        testing.accept(case, dtype, module.function, module.plain, testing.factor_of(module, dtype))
 
 
 @pytest.mark.parametrize(("module", "op", "case"), all_cases())

@@ -14,10 +14,21 @@ import torch
 from leantune_kernels.adamw_8bit import AdamW8bitTable, adamw_8bit_step
 from leantune_kernels.adamw_8bit.code_book import BLOCK, encode
 from leantune_kernels.adamw_8bit.reference import plain as plain_step
-from leantune_kernels.optimizer_cases import SIZES, bytes_of_parameters, cut, masters, torch_step
+from leantune_kernels.optimizer_cases import FACTOR, SIZES, bytes_of_parameters, cut, masters, torch_step
 from leantune_kernels.testing import Case, Floor, normal
 
-__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "TRAFFIC", "contenders", "floor", "function", "of_length", "plain"]
+__all__ = [
+    "BENCHMARKS",
+    "CASES",
+    "FACTOR",
+    "MEMORY_BOUND",
+    "TRAFFIC",
+    "contenders",
+    "floor",
+    "function",
+    "of_length",
+    "plain",
+]
 
 MEMORY_BOUND = True
 Tensor = torch.Tensor

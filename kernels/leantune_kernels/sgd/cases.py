@@ -7,12 +7,23 @@ from typing import Any
 
 import torch
 
-from leantune_kernels.optimizer_cases import SIZES, bytes_of_parameters, cut, masters, torch_step
+from leantune_kernels.optimizer_cases import FACTOR, SIZES, bytes_of_parameters, cut, masters, torch_step
 from leantune_kernels.sgd import SGDTable, sgd_step
 from leantune_kernels.sgd.reference import plain as plain_step
 from leantune_kernels.testing import Case, Floor, normal
 
-__all__ = ["BENCHMARKS", "CASES", "MEMORY_BOUND", "TRAFFIC", "contenders", "floor", "function", "of_length", "plain"]
+__all__ = [
+    "BENCHMARKS",
+    "CASES",
+    "FACTOR",
+    "MEMORY_BOUND",
+    "TRAFFIC",
+    "contenders",
+    "floor",
+    "function",
+    "of_length",
+    "plain",
+]
 
 MEMORY_BOUND = True
 Tensor = torch.Tensor
