@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from leantune_kernels.activation import as_rows, check_activation, gelu_name
+from leantune_kernels.activation import check_activation, gelu_name
 from leantune_kernels.autograd import call, once_differentiable
 from leantune_kernels.checks import as_rows, changed, expect, expect_dims, expect_float, expect_tensor
 from leantune_kernels.dispatch import Op
