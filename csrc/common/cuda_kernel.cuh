@@ -33,6 +33,8 @@ namespace lt_cuda {
 // Launches kernel(args...) and returns 0 or the cudaError_t. `stream` is a cudaStream_t.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared_bytes, void *stream, A... args) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) // nothing to do, which CUDA calls an error
+        return 0;
 #if defined(LT_CUDA_HOST)
     (void)stream;
     return lt_host::launch((const void *)kernel, grid, block, dynamic_shared_bytes, [&] { kernel(P(args)...); });

@@ -97,3 +97,8 @@ def can_read(value: torch.Tensor) -> bool:
 def rows(x: torch.Tensor) -> torch.Tensor:
     """`x` [..., H] as kernels take it: last dimension contiguous, rows any distance apart. Copies only if it must."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def out_or_new(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """`out`, or new memory for a result of like's shape and dtype."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out

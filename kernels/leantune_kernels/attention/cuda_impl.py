@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from leantune_kernels import cuda
-from leantune_kernels.cuda import DTYPE_CODES, lib, rows, stream
+from leantune_kernels.attention import c_interface
+from leantune_kernels.cuda import lib, stream
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -24,39 +25,14 @@ def refuses(x: torch.Tensor) -> str | None:
     return cuda.refuses(x) or cuda.lacks_shared(x, SHARED[compiled, x.element_size()])
 
 
-def _view(x: torch.Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
-
-
-def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
-
-
-def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens = rows(q), rows(k), rows(v), cu_seqlens.contiguous()
-    o = _result(out, q)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+def forward(q, *rest, **options):  # type: ignore[no-untyped-def]
     with stream(q) as s:
-        lib.attention_forward(
-            DTYPE_CODES[q.dtype], *_view(q), *_view(k), *_view(v), *_view(o), lse.data_ptr(),
-            cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, q.shape[1], k.shape[1], q.shape[2], scale, causal,
-            window or 0, q.shape[0], s,
-        )  # fmt: skip
-    return o, lse
+        return c_interface.forward(lambda *given: lib.attention_forward(*given, q.shape[0], s), q, *rest, **options)
 
 
-def backward(  # type: ignore[no-untyped-def]
-    do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None
-):
-    do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
-    lse, cu_seqlens = lse.contiguous(), cu_seqlens.contiguous()
-    dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
-    delta = torch.empty_like(lse)
+def backward(do, q, *rest, **options):  # type: ignore[no-untyped-def]
+    delta = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     with stream(q) as s:
-        lib.attention_backward(
-            DTYPE_CODES[q.dtype], *_view(do), *_view(q), *_view(k), *_view(v), *_view(o), lse.data_ptr(),
-            *_view(dq), *_view(dk), *_view(dv),
-            cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, q.shape[1], k.shape[1], q.shape[2], scale, causal,
-            window or 0, delta.data_ptr(), q.shape[0], s,
-        )  # fmt: skip
-    return dq, dk, dv
+        return c_interface.backward(
+            lambda *given: lib.attention_backward(*given, delta.data_ptr(), q.shape[0], s), do, q, *rest, **options
+        )

@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from leantune_kernels.cpu import DTYPE_CODES, lib, refuses, rows
+from leantune_kernels.attention import c_interface
+from leantune_kernels.cpu import lib, refuses
 
 __all__ = ["backward", "forward", "refuses"]
 
-
-def _view(x: torch.Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
-
-
-def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype) if out is None else out
-
-
-def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens = rows(q), rows(k), rows(v), cu_seqlens.contiguous()
-    o = _result(out, q)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    lib.attention_forward(
-        DTYPE_CODES[q.dtype], *_view(q), *_view(k), *_view(v), *_view(o), lse.data_ptr(),
-        cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, q.shape[1], k.shape[1], q.shape[2], scale, causal, window or 0,
-    )  # fmt: skip
-    return o, lse
-
-
-def backward(  # type: ignore[no-untyped-def]
-    do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None
-):
-    do, q, k, v, o = rows(do), rows(q), rows(k), rows(v), rows(o)
-    lse, cu_seqlens = lse.contiguous(), cu_seqlens.contiguous()
-    dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
-    lib.attention_backward(
-        DTYPE_CODES[q.dtype], *_view(do), *_view(q), *_view(k), *_view(v), *_view(o), lse.data_ptr(),
-        *_view(dq), *_view(dk), *_view(dv),
-        cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, q.shape[1], k.shape[1], q.shape[2], scale, causal, window or 0,
-    )  # fmt: skip
-    return dq, dk, dv
+forward = partial(c_interface.forward, lib.attention_forward)
+backward = partial(c_interface.backward, lib.attention_backward)

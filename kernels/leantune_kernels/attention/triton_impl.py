@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from leantune_kernels import triton_runtime
-from leantune_kernels.checks import rows
-from leantune_kernels.triton_runtime import INTERPRETING, autotune, ceil_div, on_device, power_of_two
+from leantune_kernels.checks import out_or_new, rows
+from leantune_kernels.low_rank.triton_impl import product_type
+from leantune_kernels.triton_runtime import autotune, ceil_div, on_device, power_of_two
 
 __all__ = ["backward", "forward", "refuses"]
 
@@ -22,9 +23,6 @@ MOST_DIM = 256
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and finite: a row may see no key of the first block
-
-# The interpreter holds bfloat16 as raw bits, which its dot would multiply as integers: there, products are float32.
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -236,7 +234,7 @@ def _arguments(q, k, cu_seqlens, causal, window):
     return {
         "cu_ptr": cu_seqlens.contiguous(), "tokens": tokens, "sequences": cu_seqlens.numel() - 1,
         "group": heads // k.shape[1], "before": before, "after": 0 if causal else before, "dim": dim,
-        "BLOCK_D": power_of_two(dim), "DOT": tl.float32 if INTERPRETING else _TYPES[q.dtype],
+        "BLOCK_D": power_of_two(dim), "DOT": product_type(q.dtype),
     }  # fmt: skip
 
 
@@ -244,13 +242,9 @@ def _matrix(name: str, x: torch.Tensor) -> dict[str, torch.Tensor | int]:
     return {f"{name}_ptr": x, f"{name}_stride": x.stride(0), f"{name}_head": x.stride(1)}
 
 
-def _result(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
-
-
 @on_device
 def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):
-    q, k, v, o = rows(q), rows(k), rows(v), _result(out, q)
+    q, k, v, o = rows(q), rows(k), rows(v), out_or_new(out, q)
     shared = _arguments(q, k, cu_seqlens, causal, window)
     tokens, sequences = shared["tokens"], shared["sequences"]
     lse = torch.empty(q.shape[1], tokens, dtype=torch.float32, device=q.device)
@@ -265,7 +259,7 @@ def forward(q, k, v, cu_seqlens, scale, causal, out=None, window=None):
 @on_device
 def backward(do, q, k, v, o, lse, cu_seqlens, scale, causal, dq=None, dk=None, dv=None, window=None):
     do, q, k, v, o, lse = rows(do), rows(q), rows(k), rows(v), rows(o), lse.contiguous()
-    dq, dk, dv = _result(dq, q), _result(dk, k), _result(dv, v)
+    dq, dk, dv = out_or_new(dq, q), out_or_new(dk, k), out_or_new(dv, v)
     shared = _arguments(q, k, cu_seqlens, causal, window)
     tokens, sequences, dim = shared["tokens"], shared["sequences"], shared["dim"]
     if tokens == 0:
