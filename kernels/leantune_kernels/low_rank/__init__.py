@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from leantune_kernels import dropout as _dropout
-from leantune_kernels.autograd import call, once_differentiable
+from leantune_kernels.autograd import call, once_differentiable, save
 from leantune_kernels.checks import changed, expect, expect_dims, expect_rows, expect_tensor
 from leantune_kernels.dispatch import Op
 from leantune_kernels.graph import Effects
@@ -227,7 +227,7 @@ class _LoRALinear(torch.autograd.Function):
         source = flat if key is None else _dropout.forward(flat, *key)
         projected = OP.pick(x).linear_group(flat, source, layers, outs)
         factors = [t for layer in layers for t in (layer.weight, layer.A, layer.B)]
-        ctx.save_for_backward(flat, *factors, *(projected or ()))
+        save(ctx, flat, *factors, *(projected or ()), exact=factors)
         ctx.scales, ctx.key = scales, key
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
