@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,11 +58,12 @@ def floor(x: Tensor, **_: Any) -> Floor:
 
 
 def contenders(x: Tensor, sizes: list[int], max_norm: float) -> dict[str, Callable[[], Any]]:
-    """The norm, and the scaling by it, which takes place each time: max_norm / (norm + 1e-6) stays just below 1."""
+    """The norm and the scaling by it, which takes place each time: what is allowed shrinks from call to call."""
     ours, theirs = cut(x.clone(), sizes), [torch.nn.Parameter(part) for part in cut(x, sizes)]
     for parameter in theirs:
         parameter.grad = parameter.detach().clone()
+    limits = {name: (max_norm * 0.99**k for k in itertools.count()) for name in ("leantune", "torch")}
     return {
-        "leantune": lambda: clip_grad_norm_(ours, max_norm),
-        "torch": lambda: torch.nn.utils.clip_grad_norm_(theirs, max_norm),
+        "leantune": lambda: clip_grad_norm_(ours, next(limits["leantune"])),
+        "torch": lambda: torch.nn.utils.clip_grad_norm_(theirs, next(limits["torch"])),
     }
